@@ -16,100 +16,88 @@ Writes  out/pretrain_512.pth, its log (.jsonl), its curves (.png) and, until the
 Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: trainer/loop.py, model/transformer.py.
 """
 
-import math
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from common import flag_types
+from common.cli import parse
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from trainer.legacy_config import (
-    add_mix_flags,
-    add_model_flags,
-    add_plan_flags,
-    check_memory,
-    given_model_flags,
-    make_model_config,
-    make_training_parser,
-    print_plan,
-)
+from export.parents import open_parent
+from model.tokenizer import ChatTokenizer, load_tokenizer
+from model.transformer import Transformer
+from trainer.config import MixFlags, PlanConfig
+from trainer.datasets import PackedDataset, check_data
+from trainer.distributed import init_distributed
+from trainer.loop import train
+from trainer.loss import cross_entropy_sum
+from trainer.memory import check_memory
+from trainer.mixing import MixedDataset, read_mix_schedule
+from trainer.plan import print_plan
+from trainer.stage import Stage
+from trainer.train_state import resolve_global_batch_size
+
+
+@dataclass(frozen=True)
+class PretrainConfig(PlanConfig, MixFlags):
+    """Settings of lesson 1."""
+
+    learning_rates: ClassVar = {"muon": 8e-3, "adamw": 1e-3}
+    default_warmup_iters = 20
+    data_path: str = "dataset/pretrain"
 
 
 def compute_loss(model, batch):
-    """Return (sum of -log p(label) over all trained tokens, number of trained tokens, sums to log).
+    """Return (sum of -log p(label) over all trained tokens, {name: sum to log}).
 
     batch["input_ids"], ["labels"] and ["token_mask"] are (batch, seq); labels are the token ids shifted by one. The
     model returns hidden states (batch, seq, dim) and `aux_loss`, the load-balancing loss of MoE routers per token (0
     for a dense model and in eval mode).
     """
-    from trainer.loss import cross_entropy_sum, output_weight
-
     hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
-    loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
-    return loss + aux_loss * count, count, {"aux_loss": aux_loss * count}
+    loss = cross_entropy_sum(hidden, model.lm_head.weight, batch["labels"])
+    aux_loss = aux_loss * batch["num_targets"]
+    return loss + aux_loss, {"aux_loss": aux_loss}
+
+
+def make_model(config: PretrainConfig, tokenizer: ChatTokenizer) -> tuple[Transformer, list[dict[str, Any]]]:
+    """Return the model and its lineage: new and [], or those of --init_from (continued pretraining)."""
+    if not config.init_from:
+        model_config = config.model_config(tokenizer.vocab_size)
+        check_memory(model_config)
+        return Transformer(model_config), []
+    if config.preset or config.model:
+        raise UserError("--init_from brings its own config: leave out --preset and the model flags")
+    model, saved_tokenizer, parent = open_parent(config.init_from)
+    if saved_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{config.init_from} has tokenizer {saved_tokenizer.fingerprint}, "
+            f"{config.tokenizer} is {tokenizer.fingerprint}: give the tokenizer of the checkpoint"
+        )
+    return model, parent["lineage"]
 
 
 def main() -> None:
-    parser = make_training_parser(
-        __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=flag_types.path_string,
-        default="model/tokenizer",
-        help="folder written by train_tokenizer.py",
-    )
-    add_mix_flags(parser)
-    add_model_flags(parser)
-    add_plan_flags(parser)
-    args = parser.parse_args()
-    if args.tokens_per_param and args.max_steps:
-        raise UserError("--tokens_per_param and --max_steps both set the length of the run: leave one out")
-    if args.presets and not args.plan:
-        raise UserError("--presets belongs to --plan")
-    if args.plan:
-        return print_plan(args)
-    check_writable(args.out_dir)
-
-    from export.hf_import import open_model
-    from model.tokenizer import load_tokenizer
-    from model.transformer import Transformer
-    from trainer.datasets import PackedDataset, check_data
-    from trainer.distributed import init_distributed
-    from trainer.loop import train
-    from trainer.mixing import MixedDataset, read_mix_schedule
-    from trainer.stage import Stage
-    from trainer.train_state import resolve_global_batch_size
-
-    tokenizer = load_tokenizer(args.tokenizer)
-    splits = check_data(args.data_path, "pretrain", tokenizer)
-    is_mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
-    schedule = read_mix_schedule(args) if is_mixed else None
-    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
-        if args.init_from:  # continued pretraining, for example on other data
-            if args.preset or given_model_flags(args):
-                raise UserError("--init_from brings its own config: leave out --preset and the model flags")
-            model, saved_tokenizer, parent = open_model(args.init_from)
-            lineage = parent["lineage"]
-            if saved_tokenizer.fingerprint != tokenizer.fingerprint:
-                raise UserError(
-                    f"{args.init_from} has tokenizer {saved_tokenizer.fingerprint}, "
-                    f"{args.tokenizer} is {tokenizer.fingerprint}: give the tokenizer of the checkpoint"
-                )
-        else:
-            config = make_model_config(args, tokenizer.vocab_size)
-            check_memory(config)
-            model, lineage = Transformer(config), []
-        seq_len = model.config.max_seq_len
-        validation = {s.removeprefix("val_"): PackedDataset(args.data_path, s, seq_len) for s in splits if s != "train"}
-        data = PackedDataset(args.data_path, "train", seq_len)
-        stage = Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage)
-        if args.tokens_per_param:
-            rows = resolve_global_batch_size(dist, args, stage.checkpoint_path(args.out_dir))
-            args.max_steps = max(
-                1, math.ceil(args.tokens_per_param * sum(p.numel() for p in model.parameters()) / (rows * seq_len))
-            )
-        if schedule:
-            stage.data, stage.mix = MixedDataset(args.data_path, schedule, seq_len), schedule.to_dict(args)
-        train(dist, args, stage)
+    config = parse(PretrainConfig, __doc__)
+    if config.plan:
+        return print_plan(config)
+    check_writable(config.out_dir)
+    tokenizer = load_tokenizer(config.tokenizer)
+    splits = check_data(config.data_path, "pretrain", tokenizer)
+    mixture = read_mix_schedule(config.data_path, config) if config.is_mixed else None
+    with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
+        model, lineage = make_model(config, tokenizer)
+        data = {s.removeprefix("val_"): PackedDataset(config.data_path, s, model.config.max_seq_len) for s in splits}
+        stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage)
+        if config.tokens_per_param:
+            rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
+            max_steps = config.steps_for_tokens(model.config, rows)
+            config = dataclasses.replace(config, max_steps=max_steps, tokens_per_param=0.0)
+        if mixture:
+            length = {"max_steps": config.max_steps, "epochs": config.epochs}
+            mixture = dataclasses.replace(mixture, **length)
+            stage.data = MixedDataset(config.data_path, mixture, model.config.max_seq_len)
+        train(config, stage, dist)
 
 
 if __name__ == "__main__":

@@ -8,75 +8,90 @@ answers and their <|im_end|> are trained.
     python 3-full_sft.py                                            starts from the only out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
     python 3-full_sft.py --init_from ../Qwen3-0.6B --chat_format belle    a transformers folder (export/hf_config.py)
-    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's hyper-parameters on 10, 30 and 100 % of data
+    python 3-full_sft.py --recipe belle --data_fractions 0.1,0.3,1.0   BELLE's hyper-parameters on parts of the data
     torchrun --nproc_per_node 2 3-full_sft.py                       two processes; or deepspeed --num_gpus 2
 
 Reads   dataset/sft (written by data_process.py sft) and the parent checkpoint, which holds its config and tokenizer.
 Writes  out/full_sft_512.pth, its log (.jsonl), its curves (.png) and, until the run is complete, its .resume folder;
-        with --data_share the folder out/data_study/ instead.
+        with --data_fractions the folder out/data_study/ instead.
 Next:   2-eval.py (chat with it); code: model/tokenizer.py (the mask), model/chat_template.py (chat formats),
         trainer/sampler.py (batches of similar length), evaluation/data_scaling.py.
 """
 
-from common import cli, flag_types
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.cli import NameList, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
+from common.flag_types import parse_fractions, path_string
+from evaluation.data_scaling import run_data_scaling
+from export.parents import open_parent
 from model.chat_template import CHAT_FORMATS
-from trainer.legacy_config import add_length_flag, make_training_parser, parse_fractions
-from trainer.recipes import add_recipe_flag, describe_recipe
+from model.checkpoint import find_parent
+from trainer.chat_data import open_chat_data
+from trainer.config import RECIPES, TrainConfig, length_flag
+from trainer.distributed import init_distributed
+from trainer.loop import train
+from trainer.loss import cross_entropy_sum
+from trainer.stage import Stage
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Settings of lesson 3."""
+
+    learning_rates: ClassVar = {"muon": 5e-4, "adamw": 2e-4}
+    data_path: str = "dataset/sft"
+    batch_size: int = 32
+    epochs: float = 2
+    max_seq_len: int | None = length_flag("longer chats keep only the first turns that fit")
+    chat_format: str | None = flag(
+        None, "chat format to train with; if omitted: the parent's", choices=tuple(CHAT_FORMATS), group="fine-tuning"
+    )
+    data_fractions: tuple[float, ...] = flag(
+        (), "train one model on each fraction of the chats and compare them: 0.1,0.3,0.5,1.0", group="fine-tuning",
+        action=NameList, parse=parse_fractions, metavar="FRACTION", aliases=("data_share",),
+    )  # fmt: skip
+    questions: str = flag(
+        "", "with --data_fractions: also count correct answers to these questions (jsonl as for 2-eval.py)",
+        type=path_string, metavar="FILE", group="fine-tuning",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        if self.questions and not self.data_fractions:
+            raise UserError("--questions needs --data_fractions; for one model run 2-eval.py --questions")
+        if self.max_minutes and self.data_fractions:
+            raise UserError("--data_fractions compares models after equally many epochs: leave out --max_minutes")
 
 
 def compute_loss(model, batch):
-    """Return (sum of -log p(label) over the answer tokens, number of answer tokens, sums to log).
+    """Return (sum of -log p(label) over the answer tokens, {name: sum to log}).
 
     batch["input_ids"], ["labels"] and ["token_mask"] are (batch, seq). Labels are the token ids shifted by one, and
     IGNORE_INDEX where the next token is not part of an answer.
     """
-    from trainer.loss import cross_entropy_sum, output_weight
-
     hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
-    loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
-    return loss + aux_loss * count, count, {"aux_loss": aux_loss * count}
+    loss = cross_entropy_sum(hidden, model.lm_head.weight, batch["labels"])
+    aux_loss = aux_loss * batch["num_targets"]
+    return loss + aux_loss, {"aux_loss": aux_loss}
 
 
 def main() -> None:
-    parser = make_training_parser(
-        __doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2
-    )
-    add = parser.add_argument_group("fine-tuning").add_argument
-    add("--chat_format", choices=CHAT_FORMATS, help="chat format to train with; if omitted: the parent's")
-    add_recipe_flag(parser)
-    add_length_flag(parser, "longer chats keep only the first turns that fit")
-    add("--data_share", action=cli.NameList, parse=parse_fractions, metavar="FRACTION",
-        help="train one model on each fraction of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
-    add(
-        "--questions",
-        type=flag_types.path_string,
-        metavar="FILE",
-        help="with --data_share: also count correct answers to these questions (jsonl as for 2-eval.py)",
-    )
-    args = parser.parse_args()
-    if args.questions and not args.data_share:
-        raise UserError("--questions needs --data_share; for one model run 2-eval.py --questions")
-    if args.max_minutes and args.data_share:
-        raise UserError("--data_share compares models after equally many epochs: leave out --max_minutes")
-    check_writable(args.out_dir)
-
-    from evaluation.data_scaling import run_data_scaling
-    from export.hf_import import open_model
-    from model.checkpoint import find_parent
-    from trainer.chat_data import open_chat_data
-    from trainer.distributed import init_distributed
-    from trainer.loop import train
-    from trainer.stage import Stage
-
-    model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "full_sft"))
-    tokenizer = tokenizer.with_chat_format(args.chat_format)
-    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
-        data, validation = open_chat_data(dist, args, model.config, tokenizer)
+    config = parse(SFTConfig, __doc__, flag_files={"--recipe": {"belle": str(RECIPES / "belle-sft.args")}})
+    check_writable(config.out_dir)
+    model, tokenizer, parent = open_parent(config.init_from or find_parent(config.out_dir, "full_sft"))
+    tokenizer = tokenizer.with_chat_format(config.chat_format)
+    max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
+        data, validation = open_chat_data(config.data_path, max_seq_len, tokenizer, dist)
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
-        dist.print0(f"chat format {tokenizer.chat_format.name}" + (f"; {describe_recipe(args)}" if args.recipe else ""))
-        (run_data_scaling if args.data_share else train)(dist, args, stage)
+        dist.print0(f"chat format {tokenizer.chat_format.name}")
+        if config.data_fractions:
+            run_data_scaling(config, stage, dist, config.data_fractions, config.questions)
+        else:
+            train(config, stage, dist)
 
 
 if __name__ == "__main__":

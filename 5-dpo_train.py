@@ -15,108 +15,126 @@ is 0 and the loss ln 2. beta scales the implicit KL penalty against the referenc
 Reads   dataset/dpo (written by data_process.py dpo) and the parent checkpoint, which holds its config and tokenizer.
 Writes  out/dpo_512.pth, its log (.jsonl), its curves (.png), the reference log-probabilities (.reference) and, until
         the run is complete, its .resume folder.
-Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/preferences.py (the data).
+Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/examples.py (the data).
 """
 
-import argparse
 import functools
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from common import flag_types
+from torch.nn.functional import logsigmoid
+
+from common.cli import flag, parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
-from trainer.legacy_config import add_length_flag, make_training_parser
+from common.flag_types import non_negative_float, positive_float
+from corpus.examples import PairExample
+from export.parents import open_parent
+from model.checkpoint import find_parent
+from trainer import dpo
+from trainer.chat_data import tokenized_folder
+from trainer.config import TrainConfig, length_flag
+from trainer.datasets import PreferenceDataset, check_data
+from trainer.distributed import init_distributed
+from trainer.loop import train
+from trainer.loss import IGNORE_INDEX, token_log_probs
+from trainer.stage import Stage
 
-BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}  # default of --beta
 
 
-def preference_loss(policy, reference, lengths, args):
+@dataclass(frozen=True)
+class DPOConfig(TrainConfig):
+    """Settings of lesson 5."""
+
+    learning_rates: ClassVar = {"muon": 5e-5, "adamw": 2e-5}
+    data_path: str = "dataset/dpo"
+    batch_size: int = 16
+    weight_decay: float = 0.0
+    eval_tokens: int = 65_536
+    max_seq_len: int | None = length_flag("longer pairs lose the oldest turns of their prompt")
+    loss: str = flag("dpo", "preference loss", choices=tuple(BETA), group="preferences")
+    beta: float = flag(
+        0.0, "scale of the KL penalty against the parent; simpo: scale of the reward (default: "
+        + ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items()) + ")",
+        type=positive_float, group="preferences",
+    )  # fmt: skip
+    simpo_gamma: float = flag(1.0, "simpo: target margin", type=non_negative_float, group="preferences")
+    sft_weight: float = flag(
+        0.0, "weight of an added SFT loss on the chosen answers (arXiv:2404.19733)",
+        type=non_negative_float, group="preferences",
+    )  # fmt: skip
+    max_chosen_drop: float = flag(
+        0.2, "stop when log p of the chosen answers has fallen by more than this per token (0: never)",
+        type=non_negative_float, group="preferences",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if not self.beta:
+            object.__setattr__(self, "beta", BETA[self.loss])
+        super().__post_init__()
+
+
+def preference_loss(policy, reference, lengths, config):
     """Return (loss, margin) of every pair, each (pairs,).
 
     policy, reference: log pi(answer) and log pi_ref(answer), each (2 * pairs,): chosen answers, then rejected ones.
     lengths: number of tokens of every answer, (2 * pairs,).
     """
-    from torch.nn.functional import logsigmoid
-
-    if args.loss == "dpo":  # Rafailov et al. 2023, arXiv:2305.18290, eq. 7
+    if config.loss == "dpo":  # Rafailov et al. 2023, arXiv:2305.18290, eq. 7
         chosen, rejected = (policy - reference).chunk(2)
-        margin = args.beta * (chosen - rejected)
+        margin = config.beta * (chosen - rejected)
         return -logsigmoid(margin), margin
-    if args.loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17; log-ratios are averaged over tokens
+    if config.loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17; log-ratios are averaged over tokens
         chosen, rejected = ((policy - reference) / lengths).chunk(2)
         margin = chosen - rejected
-        return (margin - 1 / (2 * args.beta)) ** 2, margin
+        return (margin - 1 / (2 * config.beta)) ** 2, margin
     chosen, rejected = (policy / lengths).chunk(2)  # simpo: Meng et al. 2024, arXiv:2405.14734, eq. 6; no reference
-    margin = args.beta * (chosen - rejected)
-    return -logsigmoid(margin - args.simpo_gamma), margin
+    margin = config.beta * (chosen - rejected)
+    return -logsigmoid(margin - config.simpo_gamma), margin
 
 
-def compute_loss(model, batch, args):
-    """Return (sum of the losses of the pairs, number of pairs, sums to log).
+def compute_loss(model, batch, config):
+    """Return (sum of the losses of the pairs, {name: sum to log}).
 
     A batch holds the chosen rows, then the rejected rows, so one forward pass serves both. `log_probs` and
     batch["reference"] are (2 * pairs, seq): log p of every answer token under pi and pi_ref, 0 at all other positions.
     """
-    from trainer.dpo import preference_metrics
-    from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
-
     hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
-    log_probs = token_log_probs(hidden, output_weight(model), batch["labels"])
+    log_probs = token_log_probs(hidden, model.lm_head.weight, batch["labels"])
     lengths = (batch["labels"] != IGNORE_INDEX).sum(1)
     pairs = (lengths > 0).chunk(2)[0]  # (pairs,); False only in the empty batch of a process without rows
     policy, lengths = log_probs.sum(1), lengths.clamp(min=1)
-    loss, margin = preference_loss(policy, batch["reference"].sum(1), lengths, args)
+    loss, margin = preference_loss(policy, batch["reference"].sum(1), lengths, config)
 
     likelihood = (policy / lengths).chunk(2)[0]  # mean log p per token of the chosen answer: the SFT objective
-    total = ((loss - args.sft_weight * likelihood) * pairs).sum()
-    count = int(pairs.sum())
-    extras = {"preference_loss": (loss.detach() * pairs).sum(), "aux_loss": aux_loss.detach() * count}
-    return total + aux_loss * count, count, extras | preference_metrics(log_probs, batch, margin, pairs)
+    total = ((loss - config.sft_weight * likelihood) * pairs).sum()
+    aux_loss = aux_loss * batch["num_targets"]
+    metrics = {"preference_loss": (loss.detach() * pairs).sum(), "aux_loss": aux_loss}
+    return total + aux_loss, metrics | dpo.preference_metrics(log_probs, batch, margin, pairs)
 
 
 def main() -> None:
-    rates = {"muon": 5e-5, "adamw": 2e-5}
-    numbers = {"batch_size": 16, "eval_tokens": 65_536, "weight_decay": 0.0}
-    parser = make_training_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
-    add = parser.add_argument_group("preferences").add_argument
-    add("--loss", choices=tuple(BETA), default="dpo", help="preference loss")
-    betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
-    add("--beta", type=flag_types.positive_float, default=argparse.SUPPRESS,
-        help=f"scale of the KL penalty against the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
-    add("--simpo_gamma", type=flag_types.non_negative_float, default=1.0, help="simpo: target margin")
-    add("--sft_weight", type=flag_types.non_negative_float, default=0.0,
-        help="weight of an added SFT loss on the chosen answers (arXiv:2404.19733)")  # fmt: skip
-    add("--max_chosen_drop", type=flag_types.non_negative_float, default=0.2,
-        help="stop when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
-    add_length_flag(parser, "longer pairs lose the oldest turns of their prompt")
-    args = parser.parse_args()
-    args.beta = getattr(args, "beta", BETA[args.loss])
-    check_writable(args.out_dir)
-
-    from corpus.examples import PairExample
-    from export.hf_import import open_model
-    from model.checkpoint import find_parent
-    from trainer import dpo
-    from trainer.chat_data import tokenized_folder
-    from trainer.datasets import PreferenceDataset, check_data
-    from trainer.distributed import init_distributed
-    from trainer.loop import train
-    from trainer.stage import Stage
-
-    model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "dpo"))
+    config = parse(DPOConfig, __doc__)
+    check_writable(config.out_dir)
+    model, tokenizer, parent = open_parent(config.init_from or find_parent(config.out_dir, "dpo"))
     model = dpo.without_dropout(model)
-    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
-        folder = tokenized_folder(dist, args, model.config, tokenizer, PairExample)
+    max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
+        folder = tokenized_folder(config.data_path, max_seq_len, tokenizer, dist, PairExample)
         splits = check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
-        file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"
-        reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
+        file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
+        reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size)
         pairs = {s.removeprefix("val_"): PreferenceDataset(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
-        data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
+        data, loss = pairs.pop("train"), functools.partial(compute_loss, config=config)
         stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair")
-        stage.early_stop = dpo.chosen_drop_stop(dist, args, file)
+        first_loss = {"dpo": math.log(2), "ipo": 1 / (4 * config.beta**2)}.get(config.loss)
+        stage.early_stop = dpo.chosen_drop_stop(config.max_chosen_drop, first_loss, file, dist)
         stage.final_metrics = dpo.measure_repetition(dist, model, tokenizer, pairs)
-        train(dist, args, stage)
+        train(config, stage, dist)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def make_filter(config: FilteredSftConfig) -> PerplexityFilter:
     return PerplexityFilter(scores, config.keep_entropy, config.keep_fraction)
 
 
-def write_dataset(config: DataConfig, tokenizer: ChatTokenizer, chat_filter: PerplexityFilter | None) -> None:
+def write_dataset(
+    config: PretrainDataConfig | ChatDataConfig, tokenizer: ChatTokenizer, chat_filter: PerplexityFilter | None
+) -> None:
     """Write the dataset to --out_dir and print the statistics of its rows."""
     if check_replaceable(config.out_dir):
         print(f"{config.out_dir} holds an older dataset: it is replaced when the new one is complete")
@@ -79,10 +81,10 @@ def write_dataset(config: DataConfig, tokenizer: ChatTokenizer, chat_filter: Per
         print(f"{staging} holds an unfinished run: it is resumed if files and settings are the same, else replaced")
     try:
         with reading_progress_bar(config.files, stats) as on_batch:
-            if isinstance(config, ChatDataConfig):
-                meta = prepare_chats(config, tokenizer, stats, on_batch, chat_filter)
-            else:
+            if isinstance(config, PretrainDataConfig):
                 meta = prepare_text(config, tokenizer, stats, on_batch)
+            else:
+                meta = prepare_chats(config, tokenizer, stats, on_batch, chat_filter)
     except (UserError, KeyboardInterrupt):
         if (staging / PROGRESS_FILE).is_file():
             print(f"unfinished work is kept in {staging}: the same command resumes it; delete it to free the space")

@@ -110,7 +110,7 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
         data("pretrain_data", "Tokenize the texts", "pretrain", "pretrain"),
         data("sft_data", "Tokenize the chats", "sft", "chats"),
         data("identity_data", "Tokenize the chats about a new name", "sft", "identity"),
-        data("dpo_data", "Tokenize the preference pairs", "dpo", "pairs", "--val_share", "0.1"),
+        data("dpo_data", "Tokenize the preference pairs", "dpo", "pairs", "--val_fraction", "0.1"),
         train("pretrain", "Pretrain on the texts", "1-pretrain.py", "pretrain"),
         ask("score_pretrain", "Ask the pretrained model the held-out questions", "pretrain"),
         train("full_sft", "Fine-tune on the chats", "3-full_sft.py", "sft", "pretrain"),

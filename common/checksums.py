@@ -26,10 +26,14 @@ LOCAL_HEADER_BYTES = 30  # size of a zip record's header before its name (PKZIP 
 
 def checksum(data: Any) -> str:
     """The CRC-32 of an object with a buffer (bytes, memoryview, numpy array), as 8 hex digits."""
-    view, value = memoryview(data).cast("B") if memoryview(data).nbytes else b"", 0
+    return f"{_crc32(memoryview(data).cast('B') if memoryview(data).nbytes else b''):08x}"
+
+
+def _crc32(view: memoryview | bytes) -> int:
+    value = 0
     for start in range(0, len(view), CHECKSUM_CHUNK_BYTES):
         value = zlib.crc32(view[start : start + CHECKSUM_CHUNK_BYTES], value)
-    return f"{value:08x}"
+    return value
 
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
@@ -43,12 +47,8 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 def write_with_checksum(file: BinaryIO, data: Any) -> str:
     """Write an object with a buffer to a file; returns its CRC-32, as 8 hex digits."""
-    view, value = memoryview(data).cast("B") if memoryview(data).nbytes else b"", 0
-    for start in range(0, len(view), CHECKSUM_CHUNK_BYTES):
-        chunk = view[start : start + CHECKSUM_CHUNK_BYTES]
-        value = zlib.crc32(chunk, value)
-        file.write(chunk)
-    return f"{value:08x}"
+    file.write(data)
+    return checksum(data)
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
@@ -59,9 +59,8 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 def has_valid_checksum(content: dict[str, Any]) -> bool:
     """Whether the field "checksum" of a JSON object matches its other fields."""
-    return content.get("checksum") == _json_checksum(
-        {name: value for name, value in content.items() if name != "checksum"}
-    )
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return content.get("checksum") == _json_checksum(rest)
 
 
 def _json_checksum(content: dict[str, Any]) -> str:
@@ -81,22 +80,12 @@ def find_damaged_record(path: str | os.PathLike[str], is_selected: Callable[[str
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
 
             def is_intact_record(record: zipfile.ZipInfo) -> bool:
-                header_start = record.header_offset
-                sizes = view[header_start + LOCAL_HEADER_BYTES - 4 : header_start + LOCAL_HEADER_BYTES]
-                start = (
-                    header_start
-                    + LOCAL_HEADER_BYTES
-                    + int.from_bytes(sizes[:2], "little")
-                    + int.from_bytes(sizes[2:], "little")
-                )
+                header_end = record.header_offset + LOCAL_HEADER_BYTES
+                sizes = view[header_end - 4 : header_end]  # of the name and of the extra field, two bytes each
+                start = header_end + int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little")
                 if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > len(view):
                     return False
-                value = 0
-                for chunk_start in range(start, start + record.file_size, CHECKSUM_CHUNK_BYTES):
-                    value = zlib.crc32(
-                        view[chunk_start : min(chunk_start + CHECKSUM_CHUNK_BYTES, start + record.file_size)], value
-                    )
-                return value == record.CRC
+                return _crc32(view[start : start + record.file_size]) == record.CRC
 
             with ThreadPoolExecutor(min(MAX_CHECKSUM_THREADS, os.cpu_count() or 1)) as threads:
                 results = list(threads.map(is_intact_record, records))

@@ -65,7 +65,8 @@ def flag(
 ) -> Any:
     """Return a dataclass field that describes a flag.
 
-    default: MISSING makes the flag required; False makes it a switch; a tuple makes it a list.
+    default: MISSING makes the flag required; False makes it a switch; True makes it a switch with a negation
+    (--name, --no-name); a tuple makes it a list.
     help: text, or a function that returns it for the class of the configuration.
     name: spelling of the flag if it is not the name of the field. aliases: further spellings, without dashes, that
     --help does not list. hidden: --help does not list the flag.
@@ -193,10 +194,10 @@ def _add_flag(
     if "choices" in options:
         options.setdefault("metavar", "{" + ",".join(map(str, options["choices"])) + "}")
     if isinstance(default, bool) and "action" not in options and "type" not in options:
-        options["action"] = "store_true"
+        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
     if "parse" in options:
         options.setdefault("action", NameList)
-    shown = default is not MISSING and default not in (None, False, "", ()) and "(default" not in text
+    shown = default not in (MISSING, None, False, "", ()) and default is not True and "(default" not in text
     if shown and shows_default:
         texts = ", ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
         text += f" (default: {texts})".replace("%", "%%")

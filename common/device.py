@@ -59,3 +59,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which matrix products use `dtype` while the weights stay fp32. fp32: no autocast."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products with this weight: that of the enclosing autocast context, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

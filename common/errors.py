@@ -33,6 +33,12 @@ def import_package(name: str, advice: str) -> Any:
         raise UserError(advice) from None
 
 
+def require(condition: object, message: str, error: type[Exception] = UserError) -> None:
+    """Raise `error(message)` unless the condition is true."""
+    if not condition:
+        raise error(message)
+
+
 # C0 and C1 controls (terminal escapes begin with them), bidirectional overrides, lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

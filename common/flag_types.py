@@ -98,6 +98,17 @@ positive_fraction = NumberType(float, "a number above 0 and at most 1", lambda v
 fraction_below_one = NumberType(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
+def parse_fractions(text: str) -> list[float]:
+    """Parse "0.1,0.3,1.0" into sorted unique fractions. Raises argparse.ArgumentTypeError."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give fractions separated by commas, as 0.1,0.3,1.0") from None
+    if not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text}: each fraction is above 0 and at most 1")
+    return found
+
+
 def path_string(text: str) -> str:
     """argparse type: a path as text. Rejects an empty one, which would mean the current folder."""
     if not text.strip():

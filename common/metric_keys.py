@@ -2,7 +2,7 @@
 
     {"val_accuracy": {"zh": 0.9}, "val_likelier_before": …}  ->  {"val_reward_accuracy": {"zh": 0.9}, …}
 
-Read next: ../trainer/metrics.py (the log), ../export/facts_file.py (the lineage).
+Read next: ../trainer/metrics.py (the log), ../export/model_facts.py (the lineage).
 """
 
 from typing import Any

@@ -4,15 +4,15 @@ Nested structs and lists become dicts and lists; the line of a row is its number
 the file; if damage is accepted, reading continues with the next one. Every batch is validated before use: pyarrow
 trusts the offsets in a file, and wrong offsets read memory outside the buffer.
 
-Read next: txt_reader.py (the other formats).
+Read next: readers.py (the caller).
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from common.errors import UserError
-from corpus.input_files import InputFile
-from corpus.json_reader import NumberedRows
+from corpus.damage import Damage
+from corpus.input_files import InputFile, NumberedRows
 from corpus.stats import DataStats
 
 ARROW_BATCH_ROWS = 1000
@@ -45,6 +45,7 @@ def _read_rows(
         import pyarrow
     except ImportError:
         raise UserError(f"reading {format_name} files needs one more package: pip install pyarrow") from None
+    input_file.file.raises_errors = True
     # pyarrow raises its own errors for damaged files, and Python's for impossible sizes and names.
     errors = (pyarrow.ArrowException, OSError, EOFError, MemoryError, ValueError, OverflowError, NotImplementedError)
     number, num_groups, row_groups = 0, 0, open_row_groups(input_file)
@@ -66,7 +67,8 @@ def _read_rows(
                         yield number, row
         except errors:
             rows = rows or number // max(1, num_groups)  # if unknown: the mean of the row groups before
-            input_file.add_damage(f"truncated or damaged {format_name} file", max(0, rows - (number - before)))
+            reason, lost_rows = f"truncated or damaged {format_name} file", max(0, rows - (number - before))
+            input_file.damages.append(Damage(reason, input_file.raw.tell(), 0, lost_rows))
             if not report.accept_damaged:
                 return
 

@@ -13,6 +13,7 @@ Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_cha
 
 import itertools
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from corpus.language import is_missing, require_text, stringify_number
@@ -26,8 +27,7 @@ from corpus.layouts import (
     TOOL_KEYS,
     TRAINING_FLAG_KEYS,
 )
-from corpus.marked_text import make_message, parse_marked_text
-from corpus.spelled_turns import parse_list_literal, parse_literal
+from corpus.serialized_chats import make_message, parse_literal, parse_marked_text, parse_serialized_list
 from corpus.stats import BadRow, DroppedRow
 from model.chat_template import Message
 
@@ -43,18 +43,16 @@ _TURN_ROLES = {
     **dict.fromkeys(FIELD_KEYS["answer"], "assistant"),
     **ROLE_NAMES,
 }
-
-
 _QA_PREFIX = re.compile(r"\s*[问答][:：]\s*")  # prefix of each text in a list of questions and answers
 _MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*")
 
 
+@dataclass
 class RowNotes:
-    """Notes on the parsing of a row. `changes`: descriptions of edits. `unused`: filled keys that are ignored."""
+    """Notes on the parsing of a row: descriptions of edits, and filled keys that are ignored."""
 
-    def __init__(self) -> None:
-        self.changes: dict[str, None] = {}
-        self.unused: dict[str, None] = {}
+    changes: dict[str, None] = field(default_factory=dict)
+    unused: dict[str, None] = field(default_factory=dict)
 
 
 def trim_unanswered(messages: list[Message]) -> list[Message]:
@@ -93,13 +91,13 @@ def is_zero_weight(value: Any) -> bool:
 
 
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
-def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messages") -> list[Message]:
+def parse_messages(value: Any, notes: RowNotes, name: str = "the list of messages") -> list[Message]:
     """Parses `value` into messages with unchecked content. Raises BadRow, or DroppedRow for tool turns."""
     if isinstance(value, str):
         marked = parse_marked_text(value)
         if marked:
             return marked
-        value = parse_list_literal(value, field)
+        value = parse_serialized_list(value, name)
     if isinstance(value, dict):
         value = _object_turns(value)
     if not isinstance(value, (list, tuple)):
@@ -111,9 +109,8 @@ def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messag
             return marked
         if all(map(_QA_PREFIX.match, value)):
             value = [_QA_PREFIX.sub("", text) for text in value]
-        return [
-            make_message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)
-        ]
+        roles = itertools.cycle(("user", "assistant"))
+        return [make_message(role, text) for role, text in zip(roles, value, strict=False)]
     messages = []
     for turn in value:
         simple = _simple_message(turn)
@@ -163,15 +160,13 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
     if "tool" in texts.values():
         raise DroppedRow(TOOLS_UNSUPPORTED)
     _note_unused_keys(turn, set(texts), notes)
-    contents_by_role = {
-        role: [_message_text(turn[key]) for key in texts if texts[key] == role]
-        for role in ("system", "user", "assistant")
-    }
-    if len(contents_by_role["user"]) > 1 and all(
-        isinstance(text, str) for text in contents_by_role["user"]
-    ):  # a question and its context
-        contents_by_role["user"] = ["\n".join(contents_by_role["user"])]
-    return [make_message(role, text) for role, contents in contents_by_role.items() for text in contents]
+    messages = []
+    for role in ("system", "user", "assistant"):
+        contents = [_message_text(turn[key]) for key in texts if texts[key] == role]
+        if role == "user" and len(contents) > 1 and all(isinstance(text, str) for text in contents):
+            contents = ["\n".join(contents)]  # a question and its context
+        messages += [make_message(role, content) for content in contents]
+    return messages
 
 
 def turn_role(turn: dict[str, Any]) -> str | None:
@@ -197,9 +192,8 @@ def text_key_roles(turn: dict[str, Any]) -> dict[str, str]:
 def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
     call = next((key for key in TOOL_KEYS if is_filled(turn.get(key))), None)
     if role == "tool" or call:
-        raise DroppedRow(
-            f"{TOOLS_UNSUPPORTED} ({call or 'role ' + str(next(turn[k] for k in ROLE_KEYS if k in turn))})"
-        )
+        source = call or f"role {next(turn[key] for key in ROLE_KEYS if key in turn)}"
+        raise DroppedRow(f"{TOOLS_UNSUPPORTED} ({source})")
     key = find_content_key(turn)
     result = make_message(role, _message_text(turn[key]) if key else None)
     if len(turn) > 2:
@@ -210,18 +204,6 @@ def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
             result["weight"] = 0
         _note_unused_keys(turn, {key}, notes)
     return result
-
-
-def unwrap_answer(value: Any) -> Any:
-    """Unwraps an answer: a number, a list of one text or an object with a content key becomes text.
-
-    Returns any other value unchanged.
-    """
-    if isinstance(value, dict) and (key := find_content_key(value)) and turn_role(value) is None:
-        value = value[key]
-    if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
-        value = value[0]
-    return stringify_number(value)
 
 
 def find_content_key(turn: dict[str, Any]) -> str | None:
@@ -261,17 +243,15 @@ def parse_history(value: Any, notes: RowNotes) -> list[Message]:
     if not is_filled(value):
         return []
     if isinstance(value, str):
-        value = parse_marked_text(value) or parse_list_literal(value, "history")
+        value = parse_marked_text(value) or parse_serialized_list(value, "history")
     if not isinstance(value, (list, tuple)):
         raise BadRow("history is not a list")
     pairs = all(isinstance(turn, dict) or (isinstance(turn, (list, tuple)) and len(turn) == 2) for turn in value)
     strings = len(value) % 2 == 0 and all(isinstance(turn, str) for turn in value)
     if not (pairs or strings):
         raise BadRow("history is not a list of [question, answer] pairs")
-    return [
-        {**turn, "content": require_text(turn["content"], "history")}
-        for turn in parse_messages(value, notes, "history")
-    ]
+    turns = parse_messages(value, notes, "history")
+    return [{**turn, "content": require_text(turn["content"], "history")} for turn in turns]
 
 
 # ---- turn rules ------------------------------------------------------------------------------------------------------
@@ -290,11 +270,10 @@ def apply_turn_rules(messages: list[Message], notes: RowNotes, cut_at_empty: boo
 
 def _roles_alternate(messages: list[Message]) -> bool:
     """True if no rule applies: an optional system message, then alternating user and assistant, none empty."""
-    start = 1 if messages and messages[0]["role"] == "system" else 0
-    roles = itertools.cycle(("user", "assistant"))
-    return len(messages) > start and all(
-        turn["role"] == role for turn, role in zip(messages[start:], roles, strict=False)
-    ) and not any(is_blank(turn["content"]) for turn in messages)  # fmt: skip
+    roles = [turn["role"] for turn in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    alternates = turns and turns[::2] == ["user"] * len(turns[::2]) and turns[1::2] == ["assistant"] * len(turns[1::2])
+    return bool(alternates) and not any(is_blank(turn["content"]) for turn in messages)
 
 
 def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty: bool) -> list[Message]:

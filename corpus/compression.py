@@ -1,6 +1,6 @@
 """Decompresses .gz, .xz, .zst and .bz2 streams in bounded memory; damage is recorded with its offset, not raised.
 
-    Decompressor(raw, ".gz", size, damages).chunks()    yields bytes, at most about 1 MB (zstd: 32 MB) each
+    Decompressor(raw, file, ".gz").next_chunk()    bytes, at most about 1 MB (zstd: 32 MB); None at the end
 
 A compressed file is a sequence of members: gzip members (RFC 1952), xz streams, zstd frames (RFC 8878) or bzip2
 streams. pigz, bgzip, pbzip2 and `cat a.gz b.gz` write several. With `skip_damage` reading continues at the next member
@@ -10,14 +10,15 @@ Read next: damage.py, input_files.py (the caller).
 """
 
 import bz2
+import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 from common.errors import UserError
-from corpus.damage import Damage
+from corpus.damage import Damage, DataFile
 
 PACKED_CHUNK_BYTES = 16 << 10  # compressed bytes per read
 MAX_UNPACKED_BYTES = 1 << 20  # decompressed bytes of one chunk; gzip, bzip2 and xz respect this limit
@@ -107,87 +108,74 @@ def _decompressor_factory(kind: str) -> tuple[Callable[[], Any], tuple[type[Exce
 
 
 class Decompressor:
-    """Decompresses an open file of format `kind` (a key of MAGIC_BYTES) and `size` bytes; appends to `damages`."""
+    """Decompresses an open file of format `kind`, a key of MAGIC_BYTES. Damage is added to `file.damages`."""
 
-    def __init__(self, raw: BinaryIO, kind: str, size: int, damages: list[Damage], skip_damage: bool = False) -> None:
-        self.raw, self.kind, self.size, self.damages, self.skip_damage = raw, kind, size, damages, skip_damage
+    def __init__(self, raw: io.BufferedReader, file: DataFile, kind: str, skip_damage: bool = False) -> None:
+        self.raw, self.file, self.kind, self.skip_damage = raw, file, kind, skip_damage
         self.make_decompressor, self.errors = _decompressor_factory(kind)
+        self.member: Any = None  # the decompressor of the current member
+        self.has_members = False
         self.data = b""  # compressed bytes that are read but not consumed
-        self.at_end = self.failed = False  # failed: a read error ended the file
+        self.last, self.offset = b"", 0  # the compressed bytes that were decompressed last
+        self.at_end = False
 
-    def chunks(self) -> Iterator[bytes]:
-        """Decompresses all members. Ends at the end of the file, or at the first damage unless `skip_damage`."""
-        members, name = 0, COMPRESSION_NAMES[self.kind]
-        while self._member_follows(members):
-            member, last, offset = self.make_decompressor(), b"", 0
-            try:
-                while not member.eof:
-                    if member.needs_input and not self.data and not self._read_packed():
-                        if not self.failed:
-                            self._add_damage(f"truncated {name} stream", 0)
-                        return
-                    packed, self.data = self.data, b""
-                    if packed:
-                        last, offset = packed, self.raw.tell() - len(packed)
-                    yield member.decompress(packed, MAX_UNPACKED_BYTES)
-                self.data = member.unused_data
-            except self.errors:
-                yield from self._skip_to_next_member(last, offset, f"a broken {name} stream")
-            members += 1
+    def next_chunk(self) -> bytes | None:
+        """Returns the next bytes; None at the end of the file, or at the first damage unless `skip_damage`."""
+        if self.member is None:
+            if not self._member_follows():
+                return None
+            self.member, self.last, self.offset, self.has_members = self.make_decompressor(), b"", 0, True
+        if self.member.needs_input and not self.data and not self._read_packed():
+            if not self.file.has_failed:
+                self._add_damage(f"truncated {COMPRESSION_NAMES[self.kind]} stream", self.raw.tell(), 0)
+            return None
+        packed, self.data = self.data, b""
+        if packed:
+            self.last, self.offset = packed, self.raw.tell() - len(packed)
+        try:
+            chunk: bytes = self.member.decompress(packed, MAX_UNPACKED_BYTES)
+            if self.member.eof:
+                self.data, self.member = self.member.unused_data, None
+            return chunk
+        except self.errors:
+            return self._skip_to_next_member()
 
     def _read_packed(self) -> bool:
         """Reads more compressed bytes; False at the end of the file."""
-        if self.at_end:
-            return False
-        try:
-            chunk = self.raw.read(PACKED_CHUNK_BYTES)
-        except OSError as error:
-            self._add_damage(describe_read_error(error), self.size - self.raw.tell())
-            chunk, self.failed = b"", True
+        chunk = b"" if self.at_end else self.raw.read(PACKED_CHUNK_BYTES)
         self.data += chunk
         self.at_end = not chunk
         return not self.at_end
 
-    def _member_follows(self, members: int) -> bool:
+    def _member_follows(self) -> bool:
         """True if another member begins here. Zero bytes between members are padding (gzip on tape, xz)."""
         while True:
-            if members:
+            if self.has_members:
                 self.data = self.data.lstrip(b"\0")
             if len(self.data) >= MAX_MEMBER_HEADER_BYTES or not self._read_packed():
                 break
-        if not self.data:
-            return False
-        if members and compression_suffix(self.data) != self.kind:
-            offset = self.raw.tell() - len(self.data)
+        if self.data and self.has_members and compression_suffix(self.data) != self.kind:
             self._add_damage(
-                f"bytes after the end of the {COMPRESSION_NAMES[self.kind]} stream", self.size - offset, offset
+                f"bytes after the end of the {COMPRESSION_NAMES[self.kind]} stream", self.raw.tell() - len(self.data)
             )
-            self.data, self.at_end = b"", True
             return False
-        return True
+        return bool(self.data)
 
-    def _skip_to_next_member(self, last: bytes, offset: int, reason: str) -> Iterator[bytes]:
-        """Records damage in `last`, the compressed bytes at `offset`, and skips to the next member."""
-        self.data = last[1:]
-        found = None
-        while self.skip_damage:
-            found = _MEMBERS[self.kind].search(self.data)
-            if found:
-                self.data = self.data[found.start() :]
-                break
+    def _skip_to_next_member(self) -> bytes | None:
+        """Records damage in the compressed bytes `last` and skips to the next member. Returns GAP_LINE, or None."""
+        self.data, self.member, found = self.last[1:], None, None
+        while self.skip_damage and not (found := _MEMBERS[self.kind].search(self.data)):
             self.data = self.data[-MAX_MEMBER_HEADER_BYTES:]
             if not self._read_packed():
                 break
-        end = self.raw.tell() - len(self.data) if found else self.size
-        self._add_damage(reason, end - offset, offset)
+        end = self.file.size
         if found:
-            yield GAP_LINE
-        else:
-            self.data, self.at_end = b"", True
+            self.data = self.data[found.start() :]
+            end = self.raw.tell() - len(self.data)
+        self._add_damage(f"a broken {COMPRESSION_NAMES[self.kind]} stream", self.offset, end - self.offset)
+        return GAP_LINE if found else None
 
-    def _add_damage(self, reason: str, lost_bytes: int, offset: int | None = None) -> None:
-        self.damages.append(Damage(reason, self.raw.tell() if offset is None else offset, max(0, lost_bytes)))
-
-
-def describe_read_error(error: OSError) -> str:
-    return f"cannot be read: {error.strerror or error}"
+    def _add_damage(self, reason: str, offset: int, lost_bytes: int | None = None) -> None:
+        """Records damage at a byte; by default, the rest of the file is lost."""
+        lost_bytes = self.file.size - offset if lost_bytes is None else lost_bytes
+        self.file.damages.append(Damage(reason, offset, max(0, lost_bytes)))

@@ -9,7 +9,7 @@
 
 Quotes are doubled inside quotes, backslashes are literal, line ends inside quotes are kept.
 
-Read next: txt_reader.py (the other formats).
+Read next: readers.py (the caller).
 """
 
 import csv
@@ -18,8 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from common.errors import UserError
-from corpus.input_files import InputFile
-from corpus.json_reader import MAX_LINE, NumberedRows
+from corpus.input_files import MAX_LINE, InputFile, NumberedRows
 from corpus.stats import DataStats
 
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # limits of a quoted cell: lines, characters
@@ -28,7 +27,6 @@ MAX_COLUMNS = 1000  # short rows are padded to the number of columns, so it is l
 JOINED_LINES = 3  # if this many lines inside a quoted cell are all valid rows, its quote is unclosed
 CSV_DELIMITERS = ",\t;|"
 MAX_SNIFFED_ROWS = 20  # rows read to find the delimiter
-LONG_LINE_REASON = f"a line longer than {MAX_LINE >> 20} MB"
 OPEN_QUOTE_REASON = "unclosed csv quote"
 JOINED_ROWS_REASON = "unclosed csv quote that spans several rows"
 
@@ -50,7 +48,7 @@ class _CsvLines:
         self.input_file.line = self.number + 1
 
     def __iter__(self) -> Iterator[str]:
-        row, reread, readline = self.row_lines, self.reread, self.input_file.readline
+        row, reread, readline = self.row_lines, self.reread, self.input_file.stream.readline
         while len(row) < MAX_CELL_LINES:  # at the limit csv.reader sees the end of the text inside a quote
             if reread:
                 text = reread.popleft()
@@ -58,10 +56,11 @@ class _CsvLines:
                 line = readline(MAX_LINE)
                 if not line:
                     return
-                self.size += len(line)
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    self._skip_long_line(len(line))
+                    self.number += 1
+                    self.input_file.count_long_line(line, self.number + len(row), self.size, self.report)
                     continue
+                self.size += len(line)
                 try:
                     text = line.decode()
                 except UnicodeDecodeError:
@@ -69,16 +68,6 @@ class _CsvLines:
                     self.malformed.add(self.number + len(row) + 1)
             row.append(text)
             yield text
-
-    def _skip_long_line(self, size: int) -> None:
-        """Counts a line above MAX_LINE as an estimated number of bad rows."""
-        while chunk := self.input_file.readline(1 << 20):
-            size += len(chunk)
-            if chunk.endswith(b"\n"):
-                break
-        self.number += 1
-        rows = self.report.estimate_rows(self.input_file.name, size, self.size + size)
-        self.report.row_unreadable(LONG_LINE_REASON, self.input_file.name, self.number + len(self.row_lines), rows)
 
     def keep_first_line(self) -> None:
         """Ends the current row after its first line; its other lines are parsed again as rows."""
@@ -98,7 +87,7 @@ def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
     lines = _CsvLines(input_file, report)
     mark = re.match(r"sep=(.)[ \t]*\r?\n", head)  # Excel
     if mark:
-        input_file.readline(len(mark[0]))
+        input_file.stream.readline(len(mark[0]))
         head, lines.number = head[len(mark[0]) :], 1
     delimiter = mark[1] if mark else detect_delimiter(head)
     spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # in `a, "b"` the quote opens a cell

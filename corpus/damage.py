@@ -9,7 +9,10 @@ rows read / bytes read * bytes lost, at least 1 for each damage.
 Read next: compression.py and input_files.py (detect damage), stats.py (counts rows).
 """
 
+import io
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -29,6 +32,31 @@ class Damage:
 
 class DamagedFile(UserError):
     """Raised for a file that can be read only in part, after its readable rows were yielded."""
+
+
+class DataFile(io.FileIO):
+    """A file opened for reading. A read error ends it and is recorded in `damages`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+        self.damages: list[Damage] = []
+        self.has_failed = False
+        self.raises_errors = False  # True: read errors are raised instead
+
+    def readinto(self, target: Any) -> int:
+        try:
+            return 0 if self.has_failed else super().readinto(target) or 0
+        except OSError as error:
+            if self.raises_errors:
+                raise
+            self.has_failed = True
+            self.damages.append(Damage(describe_read_error(error), self.tell(), self.size - self.tell()))
+            return 0
+
+
+def describe_read_error(error: OSError) -> str:
+    return f"cannot be read: {error.strerror or error}"
 
 
 def count_damages(file: str, size: int, damages: list[Damage], line: int, report: Any) -> None:

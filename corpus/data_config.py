@@ -72,10 +72,12 @@ class ChatDataConfig(DataConfig):
     """Settings that chats and pairs of answers share."""
 
     example_type: ClassVar[type[ChatExample] | type[PairExample]]
-    if_too_long: ClassVar[str]
 
     max_seq_len: int = flag(
-        512, lambda config: f"longer {config.if_too_long}; training scripts have the same flag", type=positive_int
+        512,
+        "longer chats lose their last turns, longer pairs the first turns of their prompt; training scripts have the "
+        "same flag",
+        type=positive_int,
     )
     chat_format: str = flag("", "chat template (default: that of the tokenizer folder)", choices=CHAT_FORMATS)
 
@@ -94,7 +96,6 @@ class SftDataConfig(ChatDataConfig):
 
     training_script = "3-full_sft.py"
     example_type = ChatExample
-    if_too_long = "chats lose their last turns"
 
     out_dir: str = "dataset/sft"
     only: str = flag("", "keep only chats of one turn, or of several", choices=("single", "multi"))
@@ -113,7 +114,6 @@ class DpoDataConfig(ChatDataConfig):
 
     training_script = "5-dpo_train.py"
     example_type = PairExample
-    if_too_long = "pairs lose the first turns of their prompt"
 
     out_dir: str = "dataset/dpo"
     val_fraction: float = 0.05  # pairs are few, and the accuracy on a pair is only 0 or 1

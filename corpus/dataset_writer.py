@@ -25,25 +25,14 @@ from corpus.dataset_meta import resolve_link, write_meta
 from corpus.job_state import PROGRESS_FILE, JobProgress, can_resume
 from corpus.shard_writer import ShardSet
 from corpus.stats import DataStats
+from corpus.validation_split import Assigned
 
 KNOWN_FILES = (
-    "meta.json",
-    "progress.json",
-    "*.json.tmp",  # left by a killed run of an earlier version
-    ".*.tmp",
-    ".*.gone",
+    "meta.json", "progress.json", "train.jsonl", "val.jsonl", "tokens-*", "*.bin", "*.mask", "*.crc", "*.idx", "*.idx.npy",
     ".tokens-*",  # locks of token folders
-    "*.bin",
-    "*.mask",
-    "*.crc",
-    "*.idx",
-    "*.idx.npy",
-    "train.jsonl",
-    "val.jsonl",
-    "tokens-*",
-)
+    ".*.tmp", ".*.gone", "*.json.tmp",  # left by killed runs, the last one by an earlier version
+)  # fmt: skip
 
-Item = TypeVar("Item")
 WriterT = TypeVar("WriterT", bound="DatasetWriter")
 
 
@@ -88,7 +77,7 @@ class DatasetWriter:
         if saved:
             self.stats.merge(saved["report"])
 
-    def skip_done(self, assigned: list[Item]) -> list[Item]:
+    def skip_done(self, assigned: Assigned) -> Assigned:
         """The examples that no earlier run has written, of the next ones in order; they count as written now."""
         skipped = min(self.num_to_skip, len(assigned))
         self.num_to_skip -= skipped

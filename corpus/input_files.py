@@ -1,27 +1,30 @@
 """Opens data files as streams of UTF-8 lines: decompresses them and converts their encoding.
 
     expand_inputs(paths)             files and folders -> files
-    open_input(path) -> InputFile    .readline .read .head; damage ends the stream and is recorded in .damages
+    InputFile(path)                  .stream.readline(size), .stream.read1(size), .head()
 
 Read next: compression.py, damage.py, text_encoding.py (GB18030, UTF-16, ...), sniff.py (format detection).
 """
 
+import contextlib
 import io
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from common.errors import UserError
-from corpus.compression import MAGIC_BYTES, Decompressor, compression_suffix, describe_read_error
-from corpus.damage import Damage
-from corpus.text_encoding import UTF8, detect_encoding, utf8_chunks
+from corpus.compression import MAGIC_BYTES, Decompressor, compression_suffix
+from corpus.damage import Damage, DataFile, describe_read_error
+from corpus.stats import DataStats
+from corpus.text_encoding import UTF8, TextEncoding, detect_encoding, utf8_reader
 
 ENCODING_SAMPLES = 16  # positions of a long file that are sampled to detect its encoding
 READ_CHUNK_BYTES = 64 << 10  # read to detect the format; also the maximum size of a plain-text document (txt_reader.py)
-BUFFER_BYTES = 1 << 20  # bytes
+BUFFER_BYTES = 1 << 20
+MAX_LINE = 64 << 20  # bytes; a longer line or JSON value is a bad row
 SUFFIX_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -121,46 +124,81 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class InputFile:
-    """An open file, decompressed while it is read. A read error ends the stream and is recorded in `damages`."""
+NumberedRows = Iterator[tuple[int, Any]]  # (line or row number, row)
 
-    def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]) -> None:
-        self.raw, self.stream, self.suffix, self.name, self.damages = raw, stream, suffix, name, damages
-        self.size = os.fstat(raw.fileno()).st_size
-        self.is_compressed = stream is not raw
-        self.line = 1
-        self.encoding = UTF8
+
+class InputFile:
+    """An open file as a stream of UTF-8 lines that end with a line feed; parquet and arrow files as they are.
+
+    `stream` has readline, read1 and peek. Damage ends it and is recorded in `damages`. `line`: of the current row.
+    """
+
+    def __init__(self, path: Path, skip_damage: bool = False) -> None:
+        """`skip_damage`: after damage in a compressed file, reading continues at the next member.
+
+        Raises UserError for a missing or unreadable file and for a folder.
+        """
+        require_readable(path)
+        try:
+            self.file = DataFile(path)
+        except OSError as error:
+            raise UserError(f"{path}: {describe_read_error(error)}") from None
+        self.raw = self.stream = io.BufferedReader(self.file, READ_CHUNK_BYTES)
+        self.name, self.size, self.damages, self.line = os.fspath(path), self.file.size, self.file.damages, 1
+        kind = compression_suffix(self.raw.peek(8)[:8])
+        if self.damages:
+            raise UserError(f"{path}: {self.damages[0].reason}")
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        named = suffixes.pop() if suffixes and suffixes[-1] in MAGIC_BYTES else ""
+        self.suffix = suffixes[-1] if suffixes else ""
+        if kind:
+            self.stream = _chunk_stream(Decompressor(self.raw, self.file, kind, skip_damage).next_chunk)
+        elif named and self.size:
+            self.damages.append(Damage(f"not a {named} file, despite its suffix", 0, self.size))
+            self.stream = _chunk_stream(lambda: None)
+        self.is_compressed = self.stream is not self.raw
+        self.encoding = self._convert_to_utf8()
+
+    def _convert_to_utf8(self) -> TextEncoding:
+        """Converts the stream to UTF-8 with line feeds; returns the encoding of the file."""
+        head = self.head()
+        if head.startswith(BINARY_MAGIC):
+            return UTF8
+        encoding = detect_encoding(self._encoding_sample(head))
+        old_mac = b"\r" in head and b"\n" not in head
+        if encoding.codec != "utf-8" or old_mac:
+            self.stream = _chunk_stream(utf8_reader(self.stream, encoding.codec, old_mac))
+        return encoding
+
+    def _encoding_sample(self, head: bytes) -> bytes:
+        """The first bytes of the file; if these are ASCII, also lines from later positions."""
+        chunks = [head[: head.rfind(b"\n") + 1] or head]
+        if head.isascii() and not self.is_compressed and len(head) < self.size and hasattr(os, "pread"):
+            for i in range(1, ENCODING_SAMPLES):
+                with contextlib.suppress(OSError):  # the reader meets and reports the same error later
+                    chunk = os.pread(self.file.fileno(), READ_CHUNK_BYTES // 4, self.size * i // ENCODING_SAMPLES)
+                    chunks.append(chunk[chunk.find(b"\n") + 1 : chunk.rfind(b"\n") + 1])
+        return b"".join(chunks)
+
+    def head(self) -> bytes:
+        """The first bytes, without advancing the stream."""
+        return self.stream.peek(READ_CHUNK_BYTES)
 
     @property
     def malformed_reason(self) -> str:
         """The reason for bad rows with bytes that are malformed in the encoding."""
         return self.encoding.malformed_reason.replace("{file}", shlex.quote(self.name))
 
-    def bytes_read(self) -> int:
-        """Bytes of the (compressed) file read so far."""
-        return self.raw.tell()
+    def count_long_line(self, line: bytes, line_number: int, size: int, report: DataStats) -> None:
+        """Skips the rest of a line that begins with the MAX_LINE bytes `line`; counts it as estimated bad rows.
 
-    def add_damage(self, reason: str, rows: int = 0) -> None:
-        """Records that the file is unusable from here; `rows` is the number of lost rows, 0 if unknown."""
-        self.damages.append(Damage(reason, self.raw.tell(), 0, rows))
-
-    def _read_or_end(self, read: Callable[[int], bytes], size: int) -> bytes:
-        try:
-            return read(size)
-        except OSError as error:
-            self.damages.append(Damage(describe_read_error(error), self.raw.tell(), self.size - self.raw.tell()))
-            self.stream = io.BufferedReader(_ChunkStream(iter(())))
-            return b""
-
-    def readline(self, size: int) -> bytes:
-        return self._read_or_end(self.stream.readline, size)
-
-    def read(self, size: int) -> bytes:
-        return self._read_or_end(self.stream.read1, size)
-
-    def head(self) -> bytes:
-        """The first bytes, without advancing the stream."""
-        return self._read_or_end(self.stream.peek, READ_CHUNK_BYTES)
+        `size`: bytes of the file before the line.
+        """
+        line_bytes = len(line)
+        while not line.endswith(b"\n") and (line := self.stream.readline(1 << 20)):
+            line_bytes += len(line)
+        rows = report.estimate_rows(self.name, line_bytes, size + line_bytes)
+        report.row_unreadable(f"a line longer than {MAX_LINE >> 20} MB", self.name, line_number, rows)
 
     def __enter__(self) -> "InputFile":
         return self
@@ -169,88 +207,28 @@ class InputFile:
         self.raw.close()
 
 
-class _ChunkStream(io.RawIOBase):
-    """A raw stream over an iterator of bytes. All bytes before an error are delivered before it is raised."""
+class _ChunkFile(io.RawIOBase):
+    """A raw file of the chunks that `next_chunk` returns; None ends it."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self.chunks, self.remainder = chunks, memoryview(b"")
-        self.error: OSError | None = None
+    def __init__(self, next_chunk: Callable[[], bytes | None]) -> None:
+        self.next_chunk, self.rest, self.at_end = next_chunk, memoryview(b""), False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
+        """Fills at least READ_CHUNK_BYTES of `target`, so that the format is detected in as many bytes."""
         view, filled = memoryview(target), 0
-        wanted_bytes = min(len(view), READ_CHUNK_BYTES)
-        while filled < wanted_bytes and not self.error:
-            if not self.remainder:
-                try:
-                    chunk = next(self.chunks, None)
-                except OSError as error:
-                    chunk, self.error = None, error
-                if chunk is None:
-                    break
-                self.remainder = memoryview(chunk)
-            size = min(len(view) - filled, len(self.remainder))
-            view[filled : filled + size] = self.remainder[:size]
-            self.remainder = self.remainder[size:]
+        while filled < min(len(view), READ_CHUNK_BYTES) and not self.at_end:
+            if not self.rest:
+                chunk = self.next_chunk()
+                self.rest, self.at_end = memoryview(chunk or b""), chunk is None
+            size = min(len(view) - filled, len(self.rest))
+            view[filled : filled + size] = self.rest[:size]
+            self.rest = self.rest[size:]
             filled += size
-        if self.error and not filled:
-            raise self.error
         return filled
 
 
-def open_input(path: Path, skip_damage: bool = False) -> InputFile:
-    """Opens a file. `skip_damage`: after damage in a compressed file, reading continues at the next member.
-
-    Raises UserError for a missing or unreadable file and for a folder.
-    """
-    require_readable(path)
-    try:
-        raw: Any = path.open("rb", buffering=READ_CHUNK_BYTES)
-        kind = compression_suffix(raw.peek(8)[:8])
-    except OSError as error:
-        raise UserError(f"{path}: {describe_read_error(error)}") from None
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    damages: list[Damage] = []
-    stream: Any = raw
-    size = os.fstat(raw.fileno()).st_size
-    if kind:
-        stream = io.BufferedReader(
-            _ChunkStream(Decompressor(raw, kind, size, damages, skip_damage).chunks()), BUFFER_BYTES
-        )
-    if suffixes and suffixes[-1] in MAGIC_BYTES:
-        named = suffixes.pop()
-        if size and not kind:
-            damages.append(Damage(f"not a {named} file, despite its suffix", 0, size))
-            stream = io.BufferedReader(_ChunkStream(iter(())))
-    input_file = InputFile(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damages)
-    _convert_to_utf8(input_file)
-    return input_file
-
-
-def _convert_to_utf8(input_file: InputFile) -> None:
-    """Converts the stream to UTF-8 lines that end with a line feed."""
-    head = input_file.head()
-    if head.startswith(BINARY_MAGIC):
-        return
-    input_file.encoding = detect_encoding(_encoding_sample(input_file, head))
-    old_mac = b"\r" in head and b"\n" not in head
-    if input_file.encoding.codec != "utf-8" or old_mac:
-        chunks = utf8_chunks(input_file.stream, input_file.encoding.codec, old_mac)
-        input_file.stream = io.BufferedReader(_ChunkStream(chunks), BUFFER_BYTES)
-
-
-def _encoding_sample(input_file: InputFile, head: bytes) -> bytes:
-    """The first bytes of the file; if these are ASCII, also lines from later positions."""
-    chunks = [head[: head.rfind(b"\n") + 1] or head]
-    if head.isascii() and not input_file.is_compressed and len(head) < input_file.size and hasattr(os, "pread"):
-        for i in range(1, ENCODING_SAMPLES):
-            try:
-                chunk = os.pread(
-                    input_file.raw.fileno(), READ_CHUNK_BYTES // 4, input_file.size * i // ENCODING_SAMPLES
-                )
-            except OSError:  # the reader meets and reports the same error later
-                continue
-            chunks.append(chunk[chunk.find(b"\n") + 1 : chunk.rfind(b"\n") + 1])
-    return b"".join(chunks)
+def _chunk_stream(next_chunk: Callable[[], bytes | None]) -> io.BufferedReader:
+    return io.BufferedReader(_ChunkFile(next_chunk), BUFFER_BYTES)

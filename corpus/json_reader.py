@@ -14,110 +14,73 @@ Read next: json_stream.py (parser), sniff.py (format detection), readers.py (row
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from corpus.input_files import InputFile
-from corpus.json_stream import LOST_ROW, MAX_LINE, BrokenJson, JsonStream, has_message_keys
+from corpus.input_files import MAX_LINE, InputFile, NumberedRows
+from corpus.json_stream import LOST_ROW, BrokenJson, JsonStream, has_message_keys, parse_json
 from corpus.stats import DataStats
 
 MISSING_END = "unterminated JSON array: the file may be truncated"
 LONG_LINE_BYTES = 1 << 20  # a broken line above this size counts as an estimated number of rows
 MAX_WHOLE_OBJECT = 1 << 20  # characters; a longer object is searched for a list of rows and streamed
-CHAT_LIST_KEYS = frozenset(
-    (
-        "messages",
-        "conversations",
-        "conversation",
-        "dialogue",
-        "dialog",
-        "dialogs",
-        "chat",
-        "turns",
-        "chosen",
-        "rejected",
-        "history",
-        "answers",
-        "completions",
-        "responses",
-    )
-)
-
-NumberedRows = Iterator[tuple[int, Any]]
-
-
-def read_numbered_lines(input_file: InputFile, report: DataStats) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, line with its end). A line above MAX_LINE counts as an estimated number of bad rows."""
-    number = size = 0
-    while line := input_file.readline(MAX_LINE):
-        number += 1
-        input_file.line = number
-        if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            line_bytes = len(line)
-            while chunk := input_file.readline(1 << 20):
-                line_bytes += len(chunk)
-                if chunk.endswith(b"\n"):
-                    break
-            rows = report.estimate_rows(input_file.name, line_bytes, size + line_bytes)
-            report.row_unreadable(f"a line longer than {MAX_LINE >> 20} MB", input_file.name, number, rows)
-            continue
-        size += len(line)
-        yield number, line
+CHAT_LIST_KEYS = frozenset(  # lists under these keys belong to one row
+    ("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "chat", "turns", "chosen",
+     "rejected", "history", "answers", "completions", "responses")
+)  # fmt: skip
+_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
+_OPEN_LIST = re.compile(r"\[\s*")
 
 
 # ---- a value on each line --------------------------------------------------------------------------------------------
 def read_jsonl(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Yields (line, row) of a file with a JSON value on each line."""
-    size = 0
-    for number, line in read_numbered_lines(input_file, report):
+    number = size = 0
+    readline = input_file.stream.readline
+    while line := readline(MAX_LINE):
+        number += 1
+        input_file.line = number
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            input_file.count_long_line(line, number, size, report)
+            continue
         size += len(line)
         try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            if is_object_array(line):
-                yield from _read_array_line(line, input_file, report)
-            else:
-                report.row_unreadable(
-                    input_file.malformed_reason,
-                    input_file.name,
-                    number,
-                    _estimate_broken_rows(line, size, input_file, report),
-                )
-            continue
+            value = json.loads(line.decode())
+            rows: Iterable[Any] = list_rows(value) if isinstance(value, list) else (value,)
         except (ValueError, RecursionError):
-            text = line.decode().strip(" \t\r\n\v\f\ufeff")
-            if text in ("", "[", "]", ",", "],"):
-                continue
-            try:
-                row = parse_loose_json(text)
-            except (ValueError, RecursionError):
-                if is_object_array(line):
-                    yield from _read_array_line(line, input_file, report)
-                else:
-                    rows = _estimate_broken_rows(line, size, input_file, report)
-                    report.row_unreadable(_broken_json_reason(text), input_file.name, number, rows)
-                continue
-        if isinstance(row, list):
-            yield from ((number, item) for item in list_rows(row))
-        else:
+            rows = _rows_of_broken_line(line, size, input_file, report)
+        for row in rows:
             yield number, row
 
 
-def is_object_array(line: bytes) -> bool:
-    """True if a broken line is an array of several objects, of which the intact ones can be read."""
-    line = line.strip(b" \t\r\n,")
-    return line.startswith(b"[") and line.endswith(b"]") and re.search(rb"\}\s{0,9},\s{0,9}\{", line) is not None
+def _rows_of_broken_line(line: bytes, size: int, input_file: InputFile, report: DataStats) -> Iterable[Any]:
+    """Returns the rows of a line that is not JSON: a part of an array, or an array with damaged elements.
 
-
-def _read_array_line(line: bytes, input_file: InputFile, report: DataStats) -> NumberedRows:
-    number, pieces = input_file.line, iter([line.strip()])
-    for _, row in _read_array(JsonStream(lambda size: next(pieces, b""), input_file, report)):
-        yield number, row
-
-
-def _estimate_broken_rows(line: bytes, size: int, input_file: InputFile, report: DataStats) -> int:
-    """The number of rows lost in a broken line: one, or an estimate if a long line suggests lost line ends."""
-    return report.estimate_rows(input_file.name, len(line), size) if len(line) > LONG_LINE_BYTES else 1
+    Counts any other line as a bad row. `size`: bytes read, with this line.
+    """
+    try:
+        text = line.decode().strip(" \t\r\n\v\f\ufeff")
+        if text in ("", "[", "]", ",", "],"):
+            return []
+        row = parse_loose_json(text)
+        return list_rows(row) if isinstance(row, list) else [row]
+    except UnicodeDecodeError:
+        reason = input_file.malformed_reason
+    except (ValueError, RecursionError):
+        reason = "broken JSON"
+        if "\0" in text:
+            reason = "NUL character"
+        elif text.startswith(("{'", "[{'")):
+            reason = "Python notation (single quotes), not JSON"
+    line = line.strip()
+    inner = line.strip(b" \t\r\n,")
+    if inner.startswith(b"[") and inner.endswith(b"]") and re.search(rb"\}\s{0,9},\s{0,9}\{", inner):
+        pieces = iter([line])
+        return (row for _, row in _read_array(JsonStream(lambda size: next(pieces, b""), input_file, report)))
+    # A broken line that is this long suggests lost line ends.
+    rows = report.estimate_rows(input_file.name, len(line), size) if len(line) > LONG_LINE_BYTES else 1
+    report.row_unreadable(reason, input_file.name, input_file.line, rows)
+    return []
 
 
 def parse_loose_json(text: str) -> Any:
@@ -130,30 +93,15 @@ def parse_loose_json(text: str) -> Any:
     return json.loads(text)
 
 
-def list_rows(items: list[Any]) -> list[Any]:
-    """Returns the rows of a list: a list of turns is one chat, other objects are one row each."""
-    if not items or not all(isinstance(item, dict) for item in items):
-        return [items]  # not a row: the caller counts it as bad
-    if all(has_message_keys(item) or "human" in item or "assistant" in item for item in items):
-        return [{"messages": items}]
-    return items
-
-
-def _broken_json_reason(text: str) -> str:
-    if "\0" in text:
-        return "NUL character"
-    return "Python notation (single quotes), not JSON" if text.startswith(("{'", "[{'")) else "broken JSON"
-
-
 # ---- values over any number of lines ---------------------------------------------------------------------------------
 def read_json(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Yields (line, row) of arrays, of concatenated objects or of one object that wraps the rows, streaming."""
-    stream = JsonStream(input_file.read, input_file, report)
+    stream = JsonStream(input_file.stream.read1, input_file, report)
     while start := stream.peek():
         line = input_file.line
         try:
             if start == "{" and not stream.rows:
-                yield from _read_first_object(stream, report)
+                yield from _read_first_object(stream)
             elif start == "[":
                 yield from _read_array(stream)
             elif start in "]}:" and stream.is_damaged:  # left over from a damaged value
@@ -179,19 +127,21 @@ def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
             is_whole = False
             continue
         is_chat = has_message_keys(value) if is_chat is None else is_chat
+        rows: Iterable[Any] = ()
         if is_chat:
             chat.append(value)
             if stream.consumed - begin > MAX_LINE:
-                raise BrokenJson(
-                    f"a chat larger than {MAX_LINE >> 20} MB: the remaining file is not read", 0, is_final=True
-                )
-        elif isinstance(value, list):
-            lists = value if all(_is_chat_list(item) for item in value) and value else [value]
-            yield from ((row_line, row) for items in lists for row in list_rows(items))
-        elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := object_rows(value)):
-            yield from ((row_line, row) for row in rows)  # an object that wraps the rows, after an extra bracket
+                reason = f"a chat larger than {MAX_LINE >> 20} MB: the remaining file is not read"
+                raise BrokenJson(reason, 0, is_final=True)
+        elif isinstance(value, list):  # a list of lists of messages is an array after an extra bracket
+            are_chats = value and all(isinstance(item, list) and item and has_message_keys(item[0]) for item in value)
+            rows = [row for items in (value if are_chats else [value]) for row in list_rows(items)]
+        elif isinstance(value, dict) and stream.rows == 1 and not stream.peek():
+            rows = object_rows(value) or [value]  # perhaps an object that wraps the rows, after an extra bracket
         elif isinstance(value, dict) or not objects_only:
-            yield row_line, value
+            rows = (value,)
+        for row in rows:
+            yield row_line, row
     if stream.peek():
         stream.expect("]")
     elif not input_file.damages and not stream.is_damaged:
@@ -200,43 +150,75 @@ def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
         yield line, {"messages": chat}
 
 
-def _is_chat_list(value: Any) -> bool:
-    """True for a list of messages; a list of such lists is an array after an extra bracket."""
-    return isinstance(value, list) and bool(value) and has_message_keys(value[0])
-
-
-def _read_first_object(stream: JsonStream, report: DataStats) -> NumberedRows:
-    """Reads the first object of a file: one row or, if nothing follows it, possibly an object that wraps the rows."""
+def _read_first_object(stream: JsonStream) -> NumberedRows:
+    """Yields the first object of a file: one row or, if nothing follows it, perhaps an object that wraps the rows."""
     line, begin = stream.input_file.line, stream.consumed
     try:
         value = stream.read_value(MAX_WHOLE_OBJECT)
     except BrokenJson as reason:
-        if _contains_rows(stream) and (
-            reason.offset >= len(stream.text) or not _starts_with_key(stream, stream.likely_key())
-        ):
-            yield from _read_long_object(stream, report)
+        if _wraps_rows(stream, reason):
+            yield from _read_long_object(stream)
         elif (value := stream.read_row()) is not LOST_ROW:
             yield line, value
         return
-    after = stream.peek()
-    rows = object_rows(value) if after in ("", "]", "}") else None
+    rows = object_rows(value) if stream.peek() in ("", "]", "}") else None
     if rows is None:
         stream.count_row(value, begin)
-        yield line, value
-        return
-    if len(lists := _row_list_keys(value)) > 1:
-        _note_row_lists(stream, report, lists)
-    yield from ((line, row) for row in rows)
+        rows = [value]
+    else:
+        _note_row_lists(stream, _row_list_keys(value))
+    for row in rows:
+        yield line, row
 
 
-def _starts_with_key(stream: JsonStream, key: str) -> bool:
-    """True if the next object begins with this key, the first key of the rows: then it is a row itself."""
-    match = _KEY.match(stream.text, stream.start + 1)
-    return match is not None and match[1] == key
+def _wraps_rows(stream: JsonStream, reason: BrokenJson) -> bool:
+    """True if the next object, which is long or broken, wraps the rows: its first list of objects is a list of rows."""
+    text, at = stream.text, stream.start + 1
+    first = _KEY.match(text, at)
+    while match := _KEY.match(text, at):
+        at = match.end()
+        try:
+            if opening := _OPEN_LIST.match(text, at):
+                item, _ = parse_json(text, opening.end())
+                if isinstance(item, dict):
+                    is_list = match[1] not in CHAT_LIST_KEYS and not has_message_keys(item)
+                    # A broken object is a row itself if it begins with the key that the rows begin with.
+                    is_long = reason.offset >= len(text)
+                    return is_list and (is_long or first is None or first[1] != stream.likely_key())
+            _, at = parse_json(text, at)
+        except (ValueError, RecursionError):
+            return False
+    return False
 
 
-def _note_row_lists(stream: JsonStream, report: DataStats, names: list[str]) -> None:
-    report.add_note(f"{stream.input_file.name}: the rows of all its lists are read: {', '.join(names)}")
+def _read_long_object(stream: JsonStream) -> NumberedRows:
+    names = []
+    stream.expect("{")
+    while stream.peek() == '"':
+        name = stream.read_value()
+        stream.expect(":")
+        if stream.peek() == "[" and name not in CHAT_LIST_KEYS:
+            names.append(str(name))
+            yield from _read_array(stream, objects_only=True)
+        else:
+            stream.read_value()
+    stream.expect("}")
+    _note_row_lists(stream, names)
+
+
+def _note_row_lists(stream: JsonStream, names: list[str]) -> None:
+    if len(names) > 1:
+        stream.report.add_note(f"{stream.input_file.name}: the rows of all its lists are read: {', '.join(names)}")
+
+
+# ---- rows inside a value ---------------------------------------------------------------------------------------------
+def list_rows(items: list[Any]) -> list[Any]:
+    """Returns the rows of a list: a list of turns is one chat, other objects are one row each."""
+    if not items or not all(isinstance(item, dict) for item in items):
+        return [items]  # not a row: the caller counts it as bad
+    if all(has_message_keys(item) or "human" in item or "assistant" in item for item in items):
+        return [{"messages": items}]
+    return items
 
 
 def _row_list_keys(value: dict[str, Any]) -> list[str]:
@@ -266,40 +248,3 @@ def object_rows(value: dict[str, Any]) -> list[Any] | None:
         if scalars and not CHAT_LIST_KEYS & value.keys():
             return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return None
-
-
-_KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
-
-
-def _contains_rows(stream: JsonStream) -> bool:
-    """True if the first list of objects in the next object, which is read only in part, is a list of rows."""
-    text, at = stream.text, stream.start + 1
-    while match := _KEY.match(text, at):
-        at = match.end()
-        try:
-            if text[at : at + 1] == "[":
-                item, _ = stream.parse(
-                    text, at + 1 + len(text[at + 1 : at + 99]) - len(text[at + 1 : at + 99].lstrip())
-                )
-                if isinstance(item, dict):
-                    return match[1] not in CHAT_LIST_KEYS and not has_message_keys(item)
-            _, at = stream.parse(text, at)
-        except (ValueError, RecursionError):
-            return False
-    return False
-
-
-def _read_long_object(stream: JsonStream, report: DataStats) -> NumberedRows:
-    names = []
-    stream.expect("{")
-    while stream.peek() == '"':
-        name = stream.read_value()
-        stream.expect(":")
-        if stream.peek() == "[" and name not in CHAT_LIST_KEYS:
-            names.append(str(name))
-            yield from _read_array(stream, objects_only=True)
-        else:
-            stream.read_value()
-    stream.expect("}")
-    if len(names) > 1:
-        _note_row_lists(stream, report, names)

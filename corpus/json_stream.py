@@ -1,6 +1,6 @@
 """Streaming JSON parser: reads value by value in bounded memory and continues after damaged values.
 
-    stream = JsonStream(input_file.read, input_file, report)
+    stream = JsonStream(input_file.stream.read1, input_file, report)
     stream.peek()          the next character that is neither white space nor a comma
     stream.read_value()    the next value; raises BrokenJson if there is none
     stream.read_row()      the same, but counts and skips a damaged value and returns LOST_ROW
@@ -20,10 +20,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corpus.input_files import READ_CHUNK_BYTES, InputFile
+from corpus.input_files import MAX_LINE, READ_CHUNK_BYTES, InputFile
 from corpus.stats import DataStats
 
-MAX_LINE = 64 << 20  # bytes; a longer line or value is a bad row
 SHAPE_WINDOW = 1 << 20  # characters that are searched for the first key of the rows
 DROP_AFTER = 8 << 10  # consumed characters; then the buffer is trimmed: Python counts the lines before each error
 ERROR_MARGIN = 16  # characters at the buffer end, where an error may only mean an incomplete value
@@ -31,6 +30,8 @@ BROKEN_JSON = "broken JSON"
 MAX_REPARSE = 4  # how often the text may be parsed again to find rows after damage
 FEW_ROWS = 3  # with fewer valid rows, the following text is inspected as well
 LOST_ROW: Any = object()  # returned by read_row for a damaged value
+
+parse_json = json.JSONDecoder(strict=False).raw_decode  # (text, start) -> (value, end)
 
 _SPACE = re.compile(r"[ \t\r\n,\ufeff]*")
 _WHITE = re.compile(r"[ \t\r\n]*")
@@ -56,7 +57,6 @@ class JsonStream:
         self.text, self.start, self.has_more = "", 0, True
         self.consumed = 0  # characters of the file before `start`
         self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # keeps malformed bytes
-        self.parse = json.JSONDecoder(strict=False).raw_decode
         self.rows, self.row_characters = 0, 0  # valid rows so far
         self.first_keys: set[str] = set()  # of valid rows
         self.keys: set[str] = set()
@@ -95,15 +95,20 @@ class JsonStream:
     # ---- values ----
     def read_value(self, limit: int = 0) -> Any:
         """Returns the next value, of at most `limit` (0: MAX_LINE) characters. A BrokenJson error does not advance."""
+        value, end = self._parse_value(limit)
+        self.skip(end)
+        return value
+
+    def _parse_value(self, limit: int = 0) -> tuple[Any, int]:
+        """Returns the next value and the index of its end in `text`. Does not advance."""
         size, limit = READ_CHUNK_BYTES, limit or MAX_LINE
         while True:
             offset = self.start
             try:
-                value, end = self.parse(self.text, self.start)
+                value, end = parse_json(self.text, self.start)
                 # a number at the end of the buffer may continue: 12 as 123
                 if end < len(self.text) or isinstance(value, (dict, list, str)) or not self.has_more:
-                    self.skip(end)
-                    return value
+                    return value, end
                 certain = False
             except json.JSONDecodeError as error:
                 offset = error.pos
@@ -135,8 +140,12 @@ class JsonStream:
         """Records the keys and the length of a valid row that began at `consumed` = `begin`."""
         self.rows += 1
         self.row_characters += self.consumed - begin
-        if self.rows < 1000 and value:
-            self._learn_keys(value)
+        is_list = isinstance(value, list) and bool(value)
+        item = value[0] if is_list else value
+        if self.rows < 1000 and isinstance(item, dict) and item:
+            self.has_list_rows |= is_list
+            self.first_keys.add(next(iter(item)))
+            self.keys.update(item)
 
     def _is_value_end(self) -> bool:
         """True before a comma, a closing bracket or the end of the file, as after an array element."""
@@ -145,15 +154,6 @@ class JsonStream:
             if offset < len(self.text) or not self.has_more:
                 return self.text[offset : offset + 1] in ("", ",", "]")
             self.read_more()
-
-    def _learn_keys(self, value: Any) -> None:
-        if isinstance(value, dict):
-            self.first_keys.add(next(iter(value)))
-            self.keys.update(value)
-        elif isinstance(value, list) and isinstance(value[0], dict) and value[0]:
-            self.has_list_rows = True
-            self.first_keys.add(next(iter(value[0])))
-            self.keys.update(value[0])
 
     # ---- damage ----
     def recover(self, reason: BrokenJson, begin: int | None = None) -> None:
@@ -197,25 +197,18 @@ class JsonStream:
             openings += 1
 
     def _row_follows(self) -> bool:
-        """True if the next value is a valid row; otherwise skips text that cannot be one."""
-        consumed, line, start = self.consumed, self.input_file.line, self.start
+        """True if the next value is a valid row; otherwise skips the value, or broken text that cannot be one."""
         try:
-            value = self.read_value()
+            value, end = self._parse_value()
         except BrokenJson as reason:
             self._skip_broken(reason)
             return False
-        if not self._looks_like_row(value):
-            return False
-        # read_value reads more only if the buffer lacked a part of the value; then the value begins at 0.
-        self.start = start if self.consumed - consumed == self.start - start else 0
-        self.consumed, self.input_file.line = consumed, line
-        return True
-
-    def _looks_like_row(self, value: Any) -> bool:
         item = value[0] if isinstance(value, list) and value else value
-        if not isinstance(item, dict) or (has_message_keys(item) and not self.rows and item is value):
-            return False
-        return self.rows < FEW_ROWS or 2 * sum(key in self.keys for key in item) >= len(item)
+        is_row = isinstance(item, dict) and not (has_message_keys(item) and not self.rows and item is value)
+        if is_row and (self.rows < FEW_ROWS or 2 * sum(key in self.keys for key in item) >= len(item)):
+            return True
+        self.skip(end)
+        return False
 
     def _skip_broken(self, reason: BrokenJson) -> None:
         """Skips the first character of a broken value; beyond MAX_REPARSE, all of its text that was parsed."""
@@ -233,8 +226,7 @@ class JsonStream:
         while self.has_more and len(self.text) - self.start < SHAPE_WINDOW:
             self.read_more()
         text, sizes = self.text[self.start : self.start + SHAPE_WINDOW], dict[tuple[str, bool], int]()
-        for *kind, size in _parse_objects(text, self.parse):
-            shape = (str(kind[0]), bool(kind[1]))
+        for shape, size in _parse_objects(text):
             sizes[shape] = sizes.get(shape, 0) + size
         key, self.has_list_rows = max(sizes, key=lambda shape: sizes[shape], default=("", self.has_list_rows))
         return key
@@ -247,10 +239,10 @@ def has_message_keys(value: Any) -> bool:
     )
 
 
-def _parse_objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> Iterator[tuple[str, bool, int]]:
-    """Yields (first key, False, length) of the outermost valid objects in a text.
+def _parse_objects(text: str) -> Iterator[tuple[tuple[str, bool], int]]:
+    """Yields ((first key, False), length) of the outermost valid objects in a text.
 
-    A message counts only as the first of a list: (first key, True, length of the list).
+    A message counts only as the first of a list: ((first key, True), length of the list).
     """
     offset = reparsed = 0
     while found := _OPENING.search(text, offset):
@@ -259,18 +251,17 @@ def _parse_objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> I
             continue
         offset = found.start() + len(found[1] or "")
         try:
-            value, end = parse(text, offset)
+            value, end = parse_json(text, offset)
             is_list = has_message_keys(value)
             if is_list and found[1]:
-                value, end = parse(text, found.start())
+                value, end = parse_json(text, found.start())
             if not is_list or isinstance(value, list):
-                yield found[2], is_list, end - offset
+                yield (found[2], is_list), end - offset
             offset = end
         except json.JSONDecodeError as error:
             reparsed += error.pos - offset
-            offset = (
-                offset + 1 if reparsed < MAX_REPARSE * SHAPE_WINDOW else _next_object_start(text, offset, error.pos)
-            )
+            is_slow = reparsed >= MAX_REPARSE * SHAPE_WINDOW
+            offset = _next_object_start(text, offset, error.pos) if is_slow else offset + 1
         except (ValueError, RecursionError) as error:
             offset = _error_offset(error, text, offset) + 1
 

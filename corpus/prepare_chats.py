@@ -55,7 +55,7 @@ def prepare_chats(
     `on_batch` is called after every batch. Returns the token folder's meta.json.
     Raises UserError for unusable data or a disk that cannot be written.
     """
-    job = {"inputs": input_fingerprints(config.files), "kind": config.example_type.kind}
+    job: dict[str, Any] = {"inputs": input_fingerprints(config.files), "kind": config.example_type.kind}
     job |= {"choice": config.row_choice | (chat_filter.fingerprint_fields() if chat_filter else {})}
     job |= {"val_share": config.val_fraction, "tokenizer": tokenizer.rendering_fingerprint}
     job |= {"max_seq_len": config.max_seq_len, "format": DATA_FORMAT}

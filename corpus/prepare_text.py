@@ -38,7 +38,7 @@ def prepare_text(
 
     `on_batch` is called after every batch. Raises UserError for unusable data or a disk that cannot be written.
     """
-    job = {"inputs": input_fingerprints(config.files), "tokenizer": tokenizer.fingerprint}
+    job: dict[str, Any] = {"inputs": input_fingerprints(config.files), "tokenizer": tokenizer.fingerprint}
     job |= {"val_share": config.val_fraction, "format": DATA_FORMAT}
     job |= {"source_key": config.source_key, **config.reader.key_settings()}
     with TextWriter(config, job, tokenizer) as writer:
@@ -124,9 +124,10 @@ def tokenize_texts(documents: list[TextExample], tokenizer: ChatTokenizer, stats
         encoded = tokenizer.encode_batch([chunk for _, chunk in batch])
         for (number, _), ids in zip(batch, encoded, strict=True):
             pieces[number].append(np.array(ids, np.uint32))
-    tokens = [np.concatenate([*ids, np.array([tokenizer.eos_id], np.uint32)]) for ids in pieces]
-    for document, ids in zip(documents, tokens, strict=True):
-        stats.row_kept(document.language, len(document.text), len(ids), len(document.text.encode()))
+    end_of_text = np.array([tokenizer.eos_id], np.uint32)
+    tokens = [np.concatenate([*arrays, end_of_text]) for arrays in pieces]
+    for document, array in zip(documents, tokens, strict=True):
+        stats.row_kept(document.language, len(document.text), len(array), len(document.text.encode()))
     return tokens
 
 

@@ -7,7 +7,6 @@ Read next: prepare_text.py and prepare_chats.py (the same steps, with a writer).
 """
 
 import heapq
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,8 +57,8 @@ def sample_examples(
 def print_samples(samples: list[Sample], tokenizer: ChatTokenizer, names: Sequence[str] = ()) -> None:
     """Print all documents of the samples. `names`: of the documents of each sample."""
     for *_, title, documents in samples:
-        for (ids, mask, _), name in itertools.zip_longest(documents, names[: len(documents)], fillvalue=""):
-            _print_document(tokenizer, f"{name}, {title}" if name else title, ids, mask)
+        for number, (ids, mask, _) in enumerate(documents):
+            _print_document(tokenizer, f"{names[number]}, {title}" if names else title, ids, mask)
 
 
 def _print_document(tokenizer: ChatTokenizer, title: str, ids: list[int], mask: list[int]) -> None:

@@ -8,7 +8,7 @@ import itertools
 from corpus.chats import Message, chat_text, is_trained, trim_unanswered
 from corpus.examples import ChatExample
 from corpus.stats import DataStats
-from model.render import RenderedChat, RenderedSample
+from model.chat_template import RenderedChat, RenderedSample
 from model.tokenizer import ChatTokenizer
 
 MAX_TOKEN_CHARACTERS = 256  # upper bound; the longest token of common tokenizers is 128 spaces

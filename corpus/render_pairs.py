@@ -9,9 +9,9 @@ Called by tokenize_chats.py. Read next: render_chats.py (the same for chats), ..
 import bisect
 import itertools
 
+from corpus.answers import common_prefix_length
 from corpus.chats import Message, chat_text
 from corpus.examples import PairExample
-from corpus.pair_answers import common_prefix_length
 from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes
 from corpus.stats import DataStats
 from model.tokenizer import ChatTokenizer

@@ -11,8 +11,7 @@ from typing import Any
 
 from corpus.chats import text_key_roles, turn_role
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
-from corpus.marked_text import edit_marked_text, parse_marked_text
-from corpus.spelled_turns import is_message, parse_list_literal
+from corpus.serialized_chats import edit_marked_text, is_message, parse_marked_text, parse_serialized_list
 from corpus.stats import BadRow
 
 
@@ -21,12 +20,12 @@ def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         if value.lstrip()[:1] == "[":
             try:
-                spelled = parse_list_literal(value, "")
+                turns = parse_serialized_list(value, "")
             except BadRow:
                 return edit(value)
-            if isinstance(spelled, list) and spelled and all(map(_is_turn, spelled)):
-                edited = edit_value(spelled, edit)
-                return value if edited == spelled else json.dumps(edited, ensure_ascii=False)
+            if isinstance(turns, list) and turns and all(map(_is_turn, turns)):
+                edited = edit_value(turns, edit)
+                return value if edited == turns else json.dumps(edited, ensure_ascii=False)
         return edit_marked_text(value, edit) if parse_marked_text(value) else edit(value)
     if isinstance(value, (list, tuple)):
         return [edit_value(inner, edit) for inner in value]

@@ -5,7 +5,7 @@
     jsonl    a JSON value on each line (an object, or the messages of a chat as a list), perhaps with a trailing comma
     json     other JSON: an array, objects over several lines, one object that wraps the rows
 
-Read next: txt_reader.py (readers by format).
+Read next: readers.py (readers by format).
 """
 
 import codecs
@@ -15,12 +15,12 @@ from typing import Any
 
 from common.errors import UserError
 from corpus.input_files import READ_CHUNK_BYTES, SUFFIX_FORMATS, InputFile
-from corpus.json_reader import parse_loose_json
+from corpus.json_reader import CHAT_LIST_KEYS, parse_loose_json
 from corpus.json_stream import has_message_keys
 from corpus.layouts import FIELD_KEYS
 
 _HEADER_KEYS = {key for keys in FIELD_KEYS.values() for key in keys}
-_LIST_KEYS = b"messages|conversations?|dialogu?e?s?|chat|chosen|rejected|history|turns|answers|completions|responses"
+_LIST_KEYS = "|".join((*CHAT_LIST_KEYS, "dialogues")).encode()
 _OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
 _WRAPPED = re.compile(  # one object that wraps the rows: {"version": 1, "data": [{"text": ...
     rb'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[-+.\w]+)\s*,\s*)*"(?!(?:' + _LIST_KEYS + rb')")[^"]+"\s*:\s*[\[{]'
@@ -41,7 +41,7 @@ def sniff_format(input_file: InputFile) -> str:
     if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
         raise UserError(f"{input_file.name} is a zip or tar archive: unpack it first")
     if head.startswith(codecs.BOM_UTF8):
-        input_file.readline(3)
+        input_file.stream.readline(3)
         head = head[3:]
     named = SUFFIX_FORMATS.get(input_file.suffix, "txt")
     first, _, rest = head.lstrip().partition(b"\n")

@@ -1,7 +1,7 @@
 """Detects the encoding of a text file and converts it to UTF-8: GB18030 (GBK), Big5, UTF-16, UTF-32, Windows-1252.
 
-    encoding = detect_encoding(sample)         of the first bytes
-    utf8_chunks(stream, encoding.codec)        yields UTF-8; malformed bytes become 0xFF, which is malformed in UTF-8
+    encoding = detect_encoding(sample)                  of the first bytes
+    next_chunk = utf8_reader(stream, encoding.codec)    reads UTF-8; malformed bytes become 0xFF, malformed in UTF-8 too
 
 UTF-8 is preferred: a sample with few malformed bytes counts as UTF-8 with malformed rows. Otherwise the encoding is
 guessed with charset-normalizer, and the guess is used only if the decoded text consists of frequent characters. If it
@@ -12,7 +12,7 @@ Read next: input_files.py (the caller).
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from charset_normalizer import from_bytes
@@ -88,17 +88,21 @@ def detect_encoding(sample: bytes) -> TextEncoding:
     return TextEncoding("utf-8", f"malformed UTF-8, perhaps {name}: iconv -f {name} -t UTF-8 {{file}} > NEW_FILE")
 
 
-def utf8_chunks(stream: Any, codec: str, old_mac: bool = False) -> Iterator[bytes]:
-    """Yields the text of `stream` as UTF-8. `old_mac`: carriage returns are line ends and become line feeds."""
+def utf8_reader(stream: Any, codec: str, old_mac: bool = False) -> Callable[[], bytes | None]:
+    """Returns a function that returns the next chunk of `stream` as UTF-8, None at the end.
+
+    `old_mac`: carriage returns are line ends and become line feeds.
+    """
     decode = codecs.getincrementaldecoder(codec)("bad_byte").decode
-    while True:
+
+    def next_chunk() -> bytes | None:
         chunk = stream.read1(SAMPLE_BYTES)
         text = decode(chunk, not chunk)
         if old_mac:
             text = text.replace("\r", "\n")
-        yield text.encode("utf-8", "surrogateescape")
-        if not chunk:
-            return
+        return text.encode("utf-8", "surrogateescape") if chunk or text else None
+
+    return next_chunk
 
 
 def _known_encoding(codec: str) -> TextEncoding:

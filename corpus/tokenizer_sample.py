@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.examples import MIN_VALIDATION_EXAMPLES, text_hash
+from corpus.examples import text_hash
 from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
 from corpus.stats import DataStats
+from corpus.validation_split import MIN_VALIDATION_EXAMPLES
 
 LANGUAGE_FRACTIONS = {"zh": 5 / 7, "en": 2 / 7}  # of the byte budget: 5 Chinese characters per 6 English ones
 HELD_OUT_FRACTION = 0.01

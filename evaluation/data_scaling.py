@@ -1,6 +1,6 @@
 """Data scaling of SFT: one model per fraction of the chats, one table, one plot (BELLE, arXiv:2303.14742).
 
-    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,0.5,1.0 --questions questions.jsonl
+    python 3-full_sft.py --recipe belle --data_fractions 0.1,0.3,0.5,1.0 --questions questions.jsonl
 
 Subsets are nested: 0.1 is part of 0.3, which is part of 1.0. All models have the same parent, hyperparameters and
 validation set. The number of epochs is the same, as in BELLE's study, so more data also means more steps.
@@ -10,13 +10,12 @@ not trained again; an interrupted one resumes.
 Read next: ../trainer/loop.py (training), qa.py (how answers are scored).
 """
 
-import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,35 @@ import numpy as np
 
 from common.files import atomic_write, write_text
 from common.locks import lock_output
+from evaluation.chat_model import open_chat_model
 from evaluation.qa import chat_accuracy
 from evaluation.qa_data import read_keyed_questions
 from export.hf_import import open_model
 from model.checkpoint import load_state, model_state_dict
+from trainer.config import TrainConfig
 from trainer.datasets import Batch, TokenDataset
 from trainer.distributed import DistContext
 from trainer.loop import train
 from trainer.stage import Stage
 from trainer.train_state import resume_path, run_fingerprint
 
-# The flags that change the result. A saved result is reused where these flags, the model and the data are equal.
-RESULT_FLAGS = (
-    *("epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
-    *("final_lr_share", "warmup_iters", "warmup_share", "weight_decay", "grad_clip", "eval_tokens"),
+# The settings that change the result. A saved result is reused where these, the model and the data are equal.
+RESULT_FIELDS = (
+    *("epochs", "max_steps", "batch_size", "global_batch_size", "accumulation_steps", "learning_rate", "schedule"),
+    *("min_lr_ratio", "warmup", "weight_decay", "grad_clip", "eval_tokens"),
 )
 
 
-class DataSubset:
+class DataSubset(TokenDataset):
     """The first `fraction` of the rows of one seeded shuffle, so smaller subsets are part of larger ones."""
 
     def __init__(self, data: TokenDataset, fraction: float, seed: int) -> None:
-        self.data = data
+        self.data, self.folder = data, data.folder
         order = np.random.default_rng((seed, len(data))).permutation(len(data))
         self.rows = order[: max(1, round(fraction * len(data)))]
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def folder(self) -> Path:
-        return self.data.folder
 
     def lengths(self) -> np.ndarray | None:
         lengths = self.data.lengths()
@@ -64,22 +61,28 @@ class DataSubset:
         return self.data.batch(self.rows[np.asarray(rows)])
 
 
-def run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
-    """Train and score one model per fraction in args.data_share, smallest first; write table and plot after each."""
-    with lock_output(Path(args.out_dir) / "data_study") if dist.is_rank0 else contextlib.nullcontext():
-        _run_data_scaling(dist, args, stage, Path(args.out_dir) / "data_study")
+def run_data_scaling(
+    config: TrainConfig, stage: Stage, dist: DistContext, fractions: Sequence[float], questions_path: str
+) -> None:
+    """Train and score one model per fraction of the chats, smallest first; write table and plot after each."""
+    folder = Path(config.out_dir) / "data_study"
+    with lock_output(folder) if dist.is_rank0 else contextlib.nullcontext():
+        _run_data_scaling(
+            config, stage, dist, fractions, read_keyed_questions(questions_path) if questions_path else []
+        )
 
 
-def _run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage, folder: Path) -> None:
-    questions = read_keyed_questions(args.questions) if args.questions else []
+def _run_data_scaling(
+    config: TrainConfig, stage: Stage, dist: DistContext, fractions: Sequence[float], questions: list[dict[str, Any]]
+) -> None:
+    folder = Path(config.out_dir) / "data_study"
     parent = {name: tensor.clone() for name, tensor in model_state_dict(stage.model).items()}
     rows: list[dict[str, Any]] = []
-    for fraction in args.data_share:
+    for fraction in fractions:
         load_state(stage.model, parent, "the parent")  # every fraction starts from the parent's weights
-        subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, args.seed))
-        subset_args = copy.copy(args)
-        subset_args.out_dir = str(folder / f"share_{fraction:g}")
-        row = train_and_score_subset(dist, subset_args, subset_stage, fraction, questions)
+        subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, config.seed))
+        subset_config = dataclasses.replace(config, out_dir=str(folder / f"share_{fraction:g}"))
+        row = train_and_score_subset(subset_config, subset_stage, dist, fraction, questions)
         if row is None:
             dist.print0("the data study is incomplete: run again to resume")
             return
@@ -100,23 +103,25 @@ def read_saved_result(result_path: Path) -> dict[str, Any]:
 
 
 def train_and_score_subset(
-    dist: DistContext, args: argparse.Namespace, stage: Stage, fraction: float, questions: list[dict[str, Any]]
+    config: TrainConfig, stage: Stage, dist: DistContext, fraction: float, questions: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The result row of one fraction, trained and scored unless it is saved. None when the training was interrupted."""
-    path, result_path = stage.checkpoint_path(args.out_dir), Path(args.out_dir) / "study.json"
-    job = {name: getattr(args, name) for name in RESULT_FLAGS} | run_fingerprint(args, stage)
+    path, result_path = stage.checkpoint_path(config.out_dir), Path(config.out_dir) / "study.json"
+    job = {name: getattr(config, name) for name in RESULT_FIELDS} | run_fingerprint(config, stage)
     job = json.loads(json.dumps(job))  # the same types as in the file that it is compared with
-    saved = read_saved_result(result_path) if args.resume != "never" else {}
+    saved = read_saved_result(result_path) if config.resume != "never" else {}
     dist.barrier()  # all ranks have read before rank 0 writes
     if saved.get("job") != job:
-        saved, args.resume = {"job": job}, args.resume if not saved else "never"
+        if saved:
+            config = dataclasses.replace(config, resume="never")
+        saved = {"job": job}
     if "row" in saved and path.is_file():
         dist.print0(f"{percent(fraction)}: already trained")
     else:
         dist.print0(f"\n{percent(fraction)}: {len(stage.data):,} chats")
         if dist.is_rank0:
             write_text(result_path, json.dumps(saved))
-        train(dist, args, stage)
+        train(config, stage, dist)
         dist.barrier()
         if resume_path(path).exists():
             return None
@@ -124,9 +129,8 @@ def train_and_score_subset(
     question_set = [[question["question"], *question["keys"]] for question in questions]
     if dist.is_rank0:  # the other ranks wait: generation is short compared with training
         if question_set and saved.get("asked") != question_set:
-            model, tokenizer, _ = open_model(path, dist.device)
             saved |= {"asked": question_set}
-            saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, dist.autocast)
+            saved["row"]["right"] = chat_accuracy(open_chat_model(path, dist.device, dist.dtype), questions)
         write_text(result_path, json.dumps(saved, ensure_ascii=False))
     dist.barrier()
     row: dict[str, Any] = saved["row"] if question_set else {**saved["row"], "right": {}}

@@ -10,13 +10,15 @@ archive with dev, val or test folders is read from those folders only. Files out
 because skipped questions would change the score: an invalid line raises UserError with its line number.
 Layouts: github.com/hkust-nlp/ceval and github.com/haonan-li/CMMLU.
 
-The category of a subject comes from the exam's subject_mapping.json, else from CATEGORY_SUBJECTS, which combines
-C-Eval's subject_mapping.json and CMMLU's src/categories.py. The two agree on their common subjects. CMMLU's fifth
-group, "China specific", overlaps the other four and is left out.
+The category of a subject comes from the exam's subject_mapping.json, else from data/exam_categories.json, which
+combines C-Eval's subject_mapping.json and CMMLU's src/categories.py. The two agree on their common subjects. CMMLU's
+fifth group, "China specific", overlaps the other four and is left out.
 
 Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_prompts.py (the prompts).
 """
 
+import functools
+import itertools
 import json
 import lzma
 import os
@@ -28,58 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError, escape_controls
-from evaluation.exam_table import (
-    MAX_EXAM_FILE_BYTES,
-    OPTION_LETTERS,
-    ExamRow,
-    decode_exam_text,
-    parse_answers,
-    parse_exam_rows,
-)
+from evaluation.exam_table import MAX_EXAM_FILE_BYTES, OPTION_LETTERS, decode_exam_text, parse_answers, parse_exam_rows
 
 CEVAL_LETTERS = "ABCD"  # of C-Eval and CMMLU; own files have two to ten options
 SPLITS = ("dev", "val", "test")
 UNSPLIT = "all"  # the split of files outside of dev, val and test
 DEFAULT_SPLITS = ("val", UNSPLIT, "test", "dev")  # the first one present is used
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+MAPPING_NAME = "subject_mapping.json"
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh")  # of .gz, .xz and .bz2
 EXPECTED_INPUT = (
     "expected a .csv, .tsv or .jsonl file of questions, a folder of them, or a tar or zip archive with val/*.csv or "
     "test/*.csv (C-Eval, CMMLU)"
 )
-CATEGORY_SUBJECTS = {  # category: subjects
-    "STEM": """
-        computer_network operating_system computer_architecture college_programming college_physics college_chemistry
-        advanced_mathematics probability_and_statistics discrete_mathematics electrical_engineer metrology_engineer
-        high_school_mathematics high_school_physics high_school_chemistry high_school_biology middle_school_mathematics
-        middle_school_biology middle_school_physics middle_school_chemistry veterinary_medicine
-        anatomy astronomy college_actuarial_science college_engineering_hydrology college_mathematics
-        college_medical_statistics computer_science conceptual_physics electrical_engineering elementary_mathematics
-        genetics machine_learning virology
-    """,
-    "Social Science": """
-        college_economics business_administration marxism mao_zedong_thought education_science teacher_qualification
-        high_school_politics high_school_geography middle_school_politics middle_school_geography
-        ancient_chinese business_ethics chinese_civil_service_exam chinese_food_culture chinese_foreign_policy
-        chinese_teacher_qualification college_education economics education elementary_chinese ethnology journalism
-        management marketing modern_chinese professional_accounting professional_psychology public_relations
-        security_study sociology
-    """,
-    "Humanities": """
-        modern_chinese_history ideological_and_moral_cultivation logic law chinese_language_and_literature art_studies
-        professional_tour_guide legal_professional high_school_chinese high_school_history middle_school_history
-        arts chinese_history chinese_literature college_law global_facts international_law jurisprudence logical
-        marxist_theory philosophy professional_law world_history world_religions
-    """,
-    "Other": """
-        civil_servant sports_science plant_protection basic_medicine clinical_medicine urban_and_rural_planner
-        accountant fire_engineer environmental_impact_assessment_engineer tax_accountant physician
-        agronomy chinese_driving_rule clinical_knowledge college_medicine computer_security
-        construction_project_management elementary_commonsense elementary_information_and_technology food_science
-        human_sexuality legal_and_moral_basis nutrition professional_medicine traditional_chinese_medicine
-    """,
-}
-_SUBJECT_CATEGORY = {subject: category for category, names in CATEGORY_SUBJECTS.items() for subject in names.split()}
 
 ExamFile = tuple[str, str, bytes]  # (name for messages, path inside the folder or archive, content)
 
@@ -121,21 +84,19 @@ def read_exam_split(
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     name = ", ".join(map(str, paths))
-    files_by_split: dict[str, dict[str, tuple[str, bytes]]] = {}  # split -> subject -> (where, content)
-    mapping: dict[str, str] = {}
-    for files in _file_groups([Path(path) for path in paths]):
-        for where, inner, data in files:
-            mapping |= _parse_subject_mapping(where, data) if _is_subject_mapping(inner) else {}
-        for file_split, subject, where, data in _assign_splits(
-            [file for file in files if not _is_subject_mapping(file[1])]
-        ):
-            subject = escape_controls(subject)  # file names may contain control characters
-            if subject in files_by_split.setdefault(file_split, {}):
-                raise UserError(
-                    f"{name} holds {subject} twice, {files_by_split[file_split][subject][0]} and {where}: name one exam"
-                )
-            files_by_split[file_split][subject] = (where, data)
-    available = [known for known in DEFAULT_SPLITS if known in files_by_split]
+    files_by_split: dict[str, dict[str, tuple[str, bytes]]] = {}  # split -> subject -> (name for messages, content)
+    categories: dict[str, str] = {}
+    for group in _file_groups([Path(path) for path in paths]):
+        is_mapping = [PurePosixPath(inner).name == MAPPING_NAME for _, inner, _ in group]
+        for where, _, data in itertools.compress(group, is_mapping):
+            categories |= _parse_subject_mapping(where, data)
+        tables = [file for file, mapping in zip(group, is_mapping, strict=True) if not mapping]
+        for file_split, subject, where, data in _assign_splits(tables):
+            known = files_by_split.setdefault(file_split, {})
+            if subject in known:
+                raise UserError(f"{name} holds {subject} twice, {known[subject][0]} and {where}: name one exam")
+            known[subject] = (where, data)
+    available = [known_split for known_split in DEFAULT_SPLITS if known_split in files_by_split]
     if not available:
         raise UserError(f"{name} holds no exam: {EXPECTED_INPUT}")
     if not split and UNSPLIT in available and len(available) > 1 + ("dev" in available):
@@ -143,20 +104,19 @@ def read_exam_split(
     split = split or available[0]
     if split not in files_by_split:
         raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(available)} with --split")
-    selected = list(subjects) or sorted(files_by_split[split])
+    files, dev = files_by_split[split], files_by_split.get("dev", {})
+    selected = list(subjects) or sorted(files)
     for subject in selected:
-        if subject not in files_by_split[split]:
-            raise UserError(
-                f"{name} has no subject {subject!r} in {split}; choose from {', '.join(sorted(files_by_split[split]))}"
-            )
-    items = [item for subject in selected for item in _parse_subject(subject, files_by_split[split])]
-    dev = files_by_split.get("dev", {})
-    examples = {subject: _parse_subject(subject, dev, needs_answer=True) for subject in selected if subject in dev}
-    return ExamSplit(split, items, examples, {s: mapping.get(s) or subject_category(s) for s in selected})
+        if subject not in files:
+            raise UserError(f"{name} has no subject {subject!r} in {split}; choose from {', '.join(sorted(files))}")
+    items = [item for subject in selected for item in _parse_file(subject, *files[subject])]
+    examples = {
+        subject: _parse_file(subject, *dev[subject], needs_answer=True) for subject in selected if subject in dev
+    }
+    return ExamSplit(split, items, examples, {s: categories.get(s) or subject_category(s) for s in selected})
 
 
-def _parse_subject(subject: str, files: dict[str, tuple[str, bytes]], needs_answer: bool = False) -> list[ExamItem]:
-    where, data = files[subject]
+def _parse_file(subject: str, where: str, data: bytes, needs_answer: bool = False) -> list[ExamItem]:
     return parse_exam_items(subject, where, decode_exam_text(where, data), needs_answer)
 
 
@@ -168,35 +128,19 @@ def parse_exam_items(subject: str, where: str, text: str, needs_answer: bool = F
     rows = parse_exam_rows(where, text, needs_answer)
     if not rows:
         raise UserError(f"{where}: no questions")
-    options = [_parse_options(row, f"{where}:{row.line}") for row in rows]
-    numbers: set[str] = set()
-    items: list[ExamItem] = []
-    for row, options_of_row, answer in zip(rows, options, parse_answers(where, rows, options), strict=True):
+    items: dict[str, ExamItem] = {}
+    for row, answer in zip(rows, parse_answers(where, rows), strict=True):
         location = f"{where}:{row.line}"
-        if row.number in numbers:
+        if row.number in items:
             raise UserError(f"{location}: the number {row.number} occurs twice")
-        numbers.add(row.number)
-        items.append(ExamItem(subject, row.number, row.question, options_of_row, answer, location))
-    secret = [item for item in items if not item.answer]
-    if secret and (needs_answer or len(secret) < len(items)):
-        letters = OPTION_LETTERS[: len(secret[0].options)]
+        items[row.number] = ExamItem(subject, row.number, row.question, row.options, answer, location)
+    without_answer = [item for item in items.values() if not item.answer]
+    if without_answer and (needs_answer or len(without_answer) < len(items)):
+        letters = OPTION_LETTERS[: len(without_answer[0].options)]
         raise UserError(
-            f"{secret[0].location}: the answer is empty: expected {', '.join(letters[:-1])} or {letters[-1]}"
+            f"{without_answer[0].location}: the answer is empty: expected {', '.join(letters[:-1])} or {letters[-1]}"
         )
-    return items
-
-
-def _parse_options(row: ExamRow, where: str) -> tuple[str, ...]:
-    """The options of a row without trailing empty ones. Raises UserError for an empty question or option."""
-    if not row.question:
-        raise UserError(f"{where}: question is empty")
-    options = list(row.options)
-    while len(options) > 2 and not options[-1]:
-        options.pop()
-    for letter, option in zip(OPTION_LETTERS, options, strict=False):
-        if not option:
-            raise UserError(f"{where}: {letter} is empty")
-    return tuple(options)
+    return list(items.values())
 
 
 def _parse_subject_mapping(where: str, data: bytes) -> dict[str, str]:
@@ -208,13 +152,15 @@ def _parse_subject_mapping(where: str, data: bytes) -> dict[str, str]:
         raise UserError(f"{where}: expected {{subject: [English, Chinese, category]}}") from None
 
 
+@functools.cache
+def _known_categories() -> dict[str, str]:
+    subjects = json.loads((Path(__file__).parent / "data" / "exam_categories.json").read_text(encoding="utf-8"))
+    return {subject: category for category, names in subjects.items() for subject in names}
+
+
 def subject_category(subject: str) -> str:
     """STEM, Social Science, Humanities or Other; Other for an unknown subject."""
-    return _SUBJECT_CATEGORY.get(subject, "Other")
-
-
-def _is_subject_mapping(inner: str) -> bool:
-    return PurePosixPath(inner).name == "subject_mapping.json"
+    return _known_categories().get(subject, "Other")
 
 
 # ---- which file is which split ---------------------------------------------------------------------------------------
@@ -232,22 +178,16 @@ def _file_groups(paths: list[Path]) -> Iterator[list[ExamFile]]:
 
 def _assign_splits(files: list[ExamFile]) -> list[tuple[str, str, str, bytes]]:
     """(split, subject, name for messages, content) of the tables of one group."""
-    in_split = [file for file in files if PurePosixPath(file[1]).parent.name in SPLITS]
-    if in_split:
-        return [(*_locate(inner, PurePosixPath(inner).parent.name), where, data) for where, inner, data in in_split]
-    name_splits = [_split_from_name(inner) for _, inner, _ in files]
-    splits = name_splits if all(name_splits) else [UNSPLIT] * len(files)
-    return [(*_locate(inner, split), where, data) for split, (where, inner, data) in zip(splits, files, strict=True)]
-
-
-def _split_from_name(inner: str) -> str:
-    """val of law_val.csv."""
-    return next((split for split in SPLITS if PurePosixPath(inner).stem.endswith(f"_{split}")), "")
-
-
-def _locate(inner: str, split: str) -> tuple[str, str]:
-    """(split, subject) of a file."""
-    return split, PurePosixPath(inner).stem.removesuffix(f"_{split}")
+    paths = [PurePosixPath(inner) for _, inner, _ in files]
+    splits = [path.parent.name if path.parent.name in SPLITS else "" for path in paths]
+    if not any(splits):  # val/law.csv is absent: law_val.csv is of the split val if all names end so
+        splits = [next((split for split in SPLITS if path.stem.endswith(f"_{split}")), "") for path in paths]
+        splits = splits if all(splits) else [UNSPLIT] * len(files)
+    return [
+        (split, escape_controls(path.stem.removesuffix(f"_{split}")), where, data)  # names may have control characters
+        for split, path, (where, _, data) in zip(splits, paths, files, strict=True)
+        if split
+    ]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -282,38 +222,37 @@ def read_exam_files(path: Path) -> Iterator[ExamFile]:
         raise UserError(f"cannot read {path}: {error}: unpack it and give the folder") from None
 
 
+def _is_exam_file(name: str) -> bool:
+    """A table or the mapping. Skips `._x.csv`, macOS metadata of x.csv."""
+    return (name.lower().endswith(TABLE_SUFFIXES) and not name.startswith("._")) or name == MAPPING_NAME
+
+
 def _read_file(file: Path) -> bytes:
     try:
-        if file.stat().st_size > MAX_EXAM_FILE_BYTES:
-            raise UserError(f"{file}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB, not an exam file: remove it")
+        _check_size(str(file), file.stat().st_size)
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _is_exam_file(name: str) -> bool:
-    """A table or the mapping. Skips `._x.csv`, macOS metadata of x.csv."""
-    return (name.lower().endswith(TABLE_SUFFIXES) and not name.startswith("._")) or name == "subject_mapping.json"
-
-
-def _read_tar(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _read_tar(path: Path) -> Iterator[ExamFile]:
     with tarfile.open(path) as archive:
         for member in archive:
             if member.isfile() and _is_exam_file(PurePosixPath(member.name).name):
-                _check_size(path, member.name, member.size)
+                _check_size(f"{path}/{member.name}", member.size)
                 file = archive.extractfile(member)
                 assert file is not None  # a regular file
                 yield f"{path}/{member.name}", member.name, file.read()
 
 
-def _read_zip(path: Path) -> Iterator[tuple[str, str, bytes]]:
+def _read_zip(path: Path) -> Iterator[ExamFile]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if not member.is_dir() and _is_exam_file(PurePosixPath(member.filename).name):
-                _check_size(path, member.filename, member.file_size)
+                _check_size(f"{path}/{member.filename}", member.file_size)
                 yield f"{path}/{member.filename}", member.filename, archive.read(member)
 
 
-def _check_size(path: Path, name: str, size: int) -> None:
+def _check_size(where: str, size: int) -> None:
     if size > MAX_EXAM_FILE_BYTES:
-        raise UserError(f"{path}/{name}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB, not an exam file: remove it")
+        raise UserError(f"{where}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB, not an exam file: remove it")

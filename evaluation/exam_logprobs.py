@@ -12,18 +12,16 @@ Read next: exam_prompts.py (the prompts), ../model/transformer.py (the cache).
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from evaluation.chat_model import ChatModel
 from evaluation.exam_prompts import ExamPrompt
 from model.config import ModelConfig
-from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # larger batches overflow CPU caches: 4096 took 1.5 times as long
@@ -35,32 +33,27 @@ MAX_CACHE_BYTES = 1 << 30  # bytes of keys and values, for 16-bit values
 
 @torch.inference_mode()
 def compute_option_log_probs(
-    model: Transformer,
-    tokenizer: ChatTokenizer,
-    prompts: list[ExamPrompt],
-    method: str,
-    autocast_context: Callable[[], AbstractContextManager[Any]],
-    batch_tokens: int = 0,
-) -> Iterator[int]:
-    """Fill `log_probs` of every prompt, batch by batch; yields the number of prompts in each batch.
+    chat_model: ChatModel, prompts: list[ExamPrompt], method: str, batch_tokens: int = 0
+) -> Iterator[ExamPrompt]:
+    """Fill `log_probs` of every prompt, batch by batch; yields the prompts.
 
     batch_tokens: positions per forward pass. 0: the default of the device. 1: one question at a time, nothing shared.
     Raises UserError when a log-probability is not finite.
     """
-    if not batch_tokens:
-        batch_tokens = CPU_BATCH_TOKENS if model.lm_head.weight.device.type == "cpu" else GPU_BATCH_TOKENS
+    model, pad = chat_model.model, chat_model.tokenizer.pad_id
+    batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if chat_model.device.type == "cpu" else GPU_BATCH_TOKENS)
     for group, num_shared in _shared_prefix_groups(prompts, batch_tokens):
         shared_cache = None
         if num_shared:
-            with autocast_context():
+            with chat_model.autocast():
                 shared_cache = _empty_cache(model, 1, num_shared)
-                model(torch.tensor([group[0].prompt[:num_shared]], device=model.lm_head.weight.device), shared_cache)
+                model(torch.tensor([group[0].prompt[:num_shared]], device=chat_model.device), shared_cache)
         for batch in _similar_length_batches(group, num_shared, batch_tokens, model.config):
-            with autocast_context():
-                sums = _option_log_probs(model, batch, tokenizer.pad_id, shared_cache, batch_tokens)
+            with chat_model.autocast():
+                sums = _option_log_probs(model, batch, pad, shared_cache, batch_tokens)
             for question, log_probs in zip(batch, sums.tolist(), strict=True):
                 _store_log_probs(question, log_probs, method)
-            yield len(batch)
+            yield from batch
 
 
 def _store_log_probs(question: ExamPrompt, log_probs: list[float], method: str) -> None:

@@ -7,11 +7,9 @@
 Every file is written under a temporary name and renamed. Read next: exam_stats.py (the statistics).
 """
 
-import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,10 @@ from evaluation.exam_prompts import ExamPrompt
 from evaluation.exam_stats import ExamResult, GroupScore, QuestionResult, interpretation
 from evaluation.exam_table import OPTION_LETTERS
 from evaluation.subject_strengths import find_strengths, strengths_interpretation
+from evaluation.tables import csv_text, table_row
 from model.tokenizer import ChatTokenizer
 
-
-def with_progress(batches: Iterable[int], total: int) -> None:
-    """Consume the batches, with a progress bar if stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("questions", total=total)
-        for count in batches:
-            progress.advance(task, count)
+BYTE_ORDER_MARK = "\ufeff"  # by which spreadsheets detect UTF-8
 
 
 def print_exam_result(result: ExamResult, metadata: dict[str, Any]) -> None:
@@ -64,12 +53,15 @@ def interpretations(result: ExamResult) -> list[str]:
 
 
 def _score_cells(score: GroupScore) -> list[str]:
-    low, high = score.interval
-    right = f"{score.correct:.4g}"
-    return [
-        *(score.name, f"{score.questions:,}", right, f"{score.accuracy:.1%}", f"{low:.1%} - {high:.1%}"),
+    interval = "{:.1%} - {:.1%}".format(*score.interval)
+    numbers = [
+        f"{score.questions:,}",
+        f"{score.correct:.4g}",
+        f"{score.accuracy:.1%}",
+        interval,
         f"{score.p_value:.2g}",
     ]
+    return [score.name, *numbers]
 
 
 def baseline_lines(result: ExamResult) -> list[str]:
@@ -84,19 +76,11 @@ def baseline_lines(result: ExamResult) -> list[str]:
 
 def note_lines(metadata: dict[str, Any]) -> list[str]:
     """Numbers of options other than 4, examples that fit, and truncated prompts; [] where none applies."""
-    lines = []
-    fewest, most = metadata["options"]
-    if (fewest, most) != (4, 4):
-        lines.append(
-            f"questions have {fewest} to {most} options" if fewest < most else f"questions have {most} options"
-        )
-    if metadata["shots"]:
-        lines.append(
-            f"{metadata['mean_examples']:.1f} of {metadata['shots']} examples fit into the context, on average"
-        )
-    if metadata["cut"]:
-        lines.append(f"{metadata['cut']} prompts exceed the context: the beginning of the question was removed")
-    return lines
+    (fewest, most), shots, cut = metadata["options"], metadata["shots"], metadata["cut"]
+    number = f"{fewest} to {most}" if fewest < most else f"{most}"
+    examples = f"{metadata['mean_examples']:.1f} of {shots} examples fit into the context, on average"
+    lines = [f"questions have {number} options"] * ((fewest, most) != (4, 4)) + [examples] * bool(shots)
+    return lines + [f"{cut} prompts exceed the context: the beginning of the question was removed"] * bool(cut)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -110,10 +94,9 @@ def prepare_folder(folder: Path) -> None:
 def write_result_files(folder: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
     """Write all files of a scored exam except the prompts."""
     _write_question_tables(folder, result.question_results)
-    scores = [*result.subjects, *result.categories, result.total]
-    kinds = ["subject"] * len(result.subjects) + ["category"] * len(result.categories) + ["all"]
-    rows = [{"kind": kind, **score.to_dict()} for kind, score in zip(kinds, scores, strict=True)]
-    write_file(folder / "summary.csv", _csv_text(rows))
+    groups = {"subject": result.subjects, "category": result.categories, "all": [result.total]}
+    rows = [{"kind": kind, **score.to_dict()} for kind, scores in groups.items() for score in scores]
+    write_file(folder / "summary.csv", BYTE_ORDER_MARK + csv_text(rows))
     write_file(folder / "summary.md", _markdown_summary(result, metadata))
     plot_result(folder / "summary.png", result, metadata)
 
@@ -132,11 +115,10 @@ def write_submission(folder: Path, question_results: list[QuestionResult]) -> Pa
 def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokenizer) -> Path:
     """Write every prompt with its special tokens and the options compared. Returns the file."""
     parts = []
-    for question in prompts:
-        name = f"{question.item.subject} {question.item.number}"
-        head = f"==== {name}, {len(question.prompt)} tokens, {question.num_shots} examples"
-        options = " | ".join(tokenizer.decode(option) for option in question.options)
-        parts.append(f"{head}\n{tokenizer.decode(question.prompt)}\n---- {options}\n")
+    for prompt in prompts:
+        head = f"{prompt.item.subject} {prompt.item.number}, {len(prompt.prompt)} tokens, {prompt.num_shots} examples"
+        options = " | ".join(tokenizer.decode(option) for option in prompt.options)
+        parts.append(f"==== {head}\n{tokenizer.decode(prompt.prompt)}\n---- {options}\n")
     path = folder / "prompts.txt"
     write_file(path, "\n".join(parts))
     return path
@@ -144,14 +126,15 @@ def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokeni
 
 def result_to_dict(result: ExamResult, metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of --json: metadata and all scores, without single questions."""
+    strengths = find_strengths(result)
     return {
         **metadata,
         **{name: value for name, value in result.total.to_dict().items() if name not in ("name", "category")},
         "mean_of_subjects": round(result.mean_of_subjects, 6),
         "said": {letter: round(fraction, 6) for letter, fraction in result.letter_frequencies.items()},
         "sentence": interpretation(result),
-        "strengths": find_strengths(result).to_dict(),
-        "strengths_sentence": strengths_interpretation(find_strengths(result)),
+        "strengths": strengths.to_dict(),
+        "strengths_sentence": strengths_interpretation(strengths),
         "categories": [score.to_dict() for score in result.categories],
         "subjects": [score.to_dict() for score in result.subjects],
     }
@@ -168,49 +151,27 @@ def _write_question_tables(folder: Path, question_results: list[QuestionResult])
     rows: dict[str, list[dict[str, Any]]] = {}
     letters = OPTION_LETTERS[: max(len(question.item.options) for question in question_results)]
     for question in question_results:
-        scores = {
-            f"log_prob_{letter}": f"{value:.5f}"
-            for letter, value in zip(letters, question.mean_log_probs, strict=False)
-        }
-        rows.setdefault(question.item.subject, []).append(
-            {
-                "id": question.item.number,
-                "question": question.item.question,
-                **dict(itertools.zip_longest(letters, question.item.options, fillvalue="")),
-                "answer": question.item.answer,
-                "prediction": question.prediction,
-                "correct": f"{question.correct:.4g}" if question.item.answer else "",
-                **{f"log_prob_{letter}": "" for letter in letters},
-                **scores,
-            }
-        )
+        item, log_probs = question.item, [f"{value:.5f}" for value in question.mean_log_probs]
+        row = {"id": item.number, "question": item.question}
+        row |= itertools.zip_longest(letters, item.options, fillvalue="")
+        row |= {"answer": item.answer, "prediction": question.prediction}
+        row["correct"] = f"{question.correct:.4g}" if item.answer else ""
+        row |= itertools.zip_longest([f"log_prob_{letter}" for letter in letters], log_probs, fillvalue="")
+        rows.setdefault(item.subject, []).append(row)
     for subject, of_subject in rows.items():
-        write_file(folder / f"{subject}.csv", _csv_text(of_subject))
-
-
-def _csv_text(rows: list[dict[str, Any]]) -> str:
-    """The rows as csv with a byte order mark, by which spreadsheets detect UTF-8."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return "\ufeff" + text.getvalue()
+        write_file(folder / f"{subject}.csv", BYTE_ORDER_MARK + csv_text(of_subject))
 
 
 def _markdown_summary(result: ExamResult, metadata: dict[str, Any]) -> str:
-    title = (
-        f"# {escape_inline(metadata['exam'])}, {escape_inline(metadata['split'])}: {escape_inline(metadata['model'])}"
-    )
-    setting = "{method}, {shots}-shot, {orders} order(s) of the options, {style}".format(**metadata)
-    lines = [title, "", "\n\n".join(map(escape_inline, interpretations(result))), "", setting + ".", ""]
+    title = "# {exam}, {split}: {model}".format(**{key: escape_inline(str(value)) for key, value in metadata.items()})
+    setting = "{method}, {shots}-shot, {orders} order(s) of the options, {style}.".format(**metadata)
+    groups = [(f"**{escape_inline(score.name)}**", score) for score in (result.total, *result.categories)]
+    groups += [(escape_inline(score.name), score) for score in result.subjects]
+    notes = (*baseline_lines(result), *note_lines(metadata))
+    lines = [title, "", "\n\n".join(map(escape_inline, interpretations(result))), "", setting, ""]
     lines += ["| | questions | correct | accuracy | 95 % confidence interval | p |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| **{escape_inline(s.name)}** | " + " | ".join(_score_cells(s)[1:]) + " |"
-        for s in (result.total, *result.categories)
-    ]
-    lines += [f"| {escape_inline(s.name)} | " + " | ".join(_score_cells(s)[1:]) + " |" for s in result.subjects]
-    lines += ["", *(f"* {escape_inline(line)}" for line in (*baseline_lines(result), *note_lines(metadata)))]
-    return "\n".join(lines) + "\n"
+    lines += [table_row(name, *_score_cells(score)[1:]) for name, score in groups]
+    return "\n".join([*lines, "", *(f"* {escape_inline(note)}" for note in notes)]) + "\n"
 
 
 def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
@@ -220,33 +181,29 @@ def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [*result.subjects, *result.categories, result.total][::-1]
+    total, groups = result.total, [*result.categories, result.total]
+    rows = [*result.subjects, *groups][::-1]
     colours = {category.name: f"C{i}" for i, category in enumerate(result.categories)}
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.21 * len(rows)), layout="constrained")
     values = [100 * row.accuracy for row in rows]
-    bounds = [row.interval for row in rows]
-    below = [100 * (row.accuracy - low) for row, (low, _) in zip(rows, bounds, strict=True)]
-    above = [100 * (high - row.accuracy) for row, (_, high) in zip(rows, bounds, strict=True)]
-    is_subject_row = [row.category != row.name and row.name != "all" for row in rows]
-    bars = axes.barh(
-        range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72, error_kw={"elinewidth": 1}
-    )
-    for bar, row, is_subject in zip(bars, rows, is_subject_row, strict=True):
-        bar.set_color(colours.get(row.category, "0.4"))
-        bar.set_alpha(0.55 if is_subject else 1)
-    total = result.total
-    guessing = f"random baseline, {total.chance:.0%}"
-    axes.axvline(100 * total.chance, color="black", linestyle="--", linewidth=1, label=guessing)
-    always = f"always {total.constant_letter}, {total.constant_baseline:.1%}"
-    axes.axvline(100 * total.constant_baseline, color="crimson", linestyle=":", linewidth=1, label=always)
+    below = [100 * (row.accuracy - row.interval[0]) for row in rows]
+    above = [100 * (row.interval[1] - row.accuracy) for row in rows]
+    style = {"ecolor": "0.35", "height": 0.72, "error_kw": {"elinewidth": 1}}
+    bars = axes.barh(range(len(rows)), values, xerr=(below, above), **style)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)
-    for label, is_subject in zip(axes.get_yticklabels(), is_subject_row, strict=True):
-        label.set_fontweight("normal" if is_subject else "bold")
-    axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="accuracy (%), with 95 % confidence interval")
-    axes.set_title(
-        f"{Path(metadata['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({metadata['split']})",
-        fontsize=10,
+    for bar, label, row in zip(bars, axes.get_yticklabels(), rows, strict=True):
+        bar.set_color(colours.get(row.category, "0.4"))
+        bar.set_alpha(1 if row in groups else 0.55)
+        label.set_fontweight("bold" if row in groups else "normal")
+    guessing, always = (
+        f"random baseline, {total.chance:.0%}",
+        f"always {total.constant_letter}, {total.constant_baseline:.1%}",
     )
+    axes.axvline(100 * total.chance, color="black", linestyle="--", linewidth=1, label=guessing)
+    axes.axvline(100 * total.constant_baseline, color="crimson", linestyle=":", linewidth=1, label=always)
+    axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="accuracy (%), with 95 % confidence interval")
+    title = f"{Path(metadata['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({metadata['split']})"
+    axes.set_title(title, fontsize=10)
     axes.legend(loc="upper right", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)

@@ -11,6 +11,7 @@ Two more baselines: the best constant letter (chosen with the answers known) and
 Read next: exam_prompts.py (scoring methods), exam_report.py (tables and files).
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -89,10 +90,8 @@ class GroupScore:
 def wilson_interval(correct: float, questions: int) -> tuple[float, float]:
     """(low, high) of the 95 % confidence interval of correct / questions."""
     proportion, square = correct / questions, Z_95 * Z_95 / questions
-    middle, spread = (
-        proportion + square / 2,
-        Z_95 * math.sqrt(proportion * (1 - proportion) / questions + square / (4 * questions)),
-    )
+    middle = proportion + square / 2
+    spread = Z_95 * math.sqrt(proportion * (1 - proportion) / questions + square / (4 * questions))
     low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
     return max(0.0, min(proportion, low)), min(1.0, max(proportion, high))  # rounding errors at 0 and 1
 
@@ -102,22 +101,20 @@ def binomial_p_value(correct: float, sizes: Iterable[tuple[int, int]]) -> float:
 
     sizes: (options, questions) for each number of options.
     """
-    least, sizes = math.floor(correct + 1e-9), list(sizes)
-    if len(sizes) == 1:
-        ((options, questions),) = sizes
-        return min(1.0, math.fsum(binomial_probability(k, questions, 1 / options) for k in range(least, questions + 1)))
-    distribution = np.ones(1)  # probability of each number of correct answers
-    for options, questions in sizes:
-        distribution = np.convolve(
-            distribution, [binomial_probability(k, questions, 1 / options) for k in range(questions + 1)]
-        )
-    return min(1.0, math.fsum(distribution[least:]))
+    least = math.floor(correct + 1e-9)
+    counts = [[binomial_probability(k, questions, 1 / options) for k in range(questions + 1)]
+              for options, questions in sizes]  # fmt: skip
+    return min(1.0, math.fsum(functools.reduce(np.convolve, counts)[least:]))  # of the sum of the binomials
 
 
 def binomial_probability(k: int, n: int, p: float) -> float:
     """Probability of k successes in n trials of probability p, 0 < p < 1."""
-    log_ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return math.exp(log_ways + k * math.log(p) + (n - k) * math.log1p(-p))
+    return math.exp(log_ways(n, k) + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+def log_ways(n: int, k: int) -> float:
+    """Logarithm of n choose k."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def score_questions(prompts: Iterable[ExamPrompt]) -> list[QuestionResult]:
@@ -125,23 +122,15 @@ def score_questions(prompts: Iterable[ExamPrompt]) -> list[QuestionResult]:
     prompts_by_item: dict[ExamItem, list[ExamPrompt]] = {}
     for prompt in prompts:
         prompts_by_item.setdefault(prompt.item, []).append(prompt)
-    question_results = []
-    for item, item_prompts in prompts_by_item.items():
-        options = range(len(item.options))
-        chosen = [max(options, key=prompt.log_probs.__getitem__) for prompt in item_prompts]
-        probabilities = [_softmax(prompt.log_probs) for prompt in item_prompts]
-        likely = [sum(probability[i] for probability in probabilities) for i in options]
-        answer = OPTION_LETTERS.index(item.answer) if item.answer else -1
-        question_results.append(
-            QuestionResult(
-                item,
-                OPTION_LETTERS[max(options, key=likely.__getitem__)],
-                sum(i == answer for i in chosen) / len(item_prompts) if item.answer else math.nan,
-                tuple(sum(prompt.log_probs[i] for prompt in item_prompts) / len(item_prompts) for i in options),
-                tuple(OPTION_LETTERS[prompt.order.index(i)] for prompt, i in zip(item_prompts, chosen, strict=True)),
-            )
-        )
-    return question_results
+    results = []
+    for item, orders in prompts_by_item.items():
+        chosen = [prompt.log_probs.index(max(prompt.log_probs)) for prompt in orders]
+        likely = [sum(values) for values in zip(*(_softmax(prompt.log_probs) for prompt in orders), strict=True)]
+        means = tuple(sum(values) / len(orders) for values in zip(*(p.log_probs for p in orders), strict=True))
+        letters = tuple(OPTION_LETTERS[p.order.index(i)] for p, i in zip(orders, chosen, strict=True))
+        right = sum(OPTION_LETTERS[i] == item.answer for i in chosen) / len(orders) if item.answer else math.nan
+        results.append(QuestionResult(item, OPTION_LETTERS[likely.index(max(likely))], right, means, letters))
+    return results
 
 
 def _softmax(log_probs: tuple[float, ...]) -> list[float]:
@@ -192,48 +181,36 @@ def make_exam_result(exam: ExamSplit, question_results: list[QuestionResult]) ->
     by_subject: dict[str, list[QuestionResult]] = {subject: [] for subject in exam.subjects}
     for question in question_results:
         by_subject[question.item.subject].append(question)
-    categories = sorted({exam.categories[subject] for subject in by_subject})
-    subjects = [
-        score_group(subject, category, by_subject[subject])
-        for category in categories
-        for subject in by_subject
-        if exam.categories[subject] == category
-    ]
-    category_scores = [
-        score_group(
-            category,
-            category,
-            [question for question in question_results if exam.categories[question.item.subject] == category],
-        )
-        for category in categories
-    ]
-    return ExamResult(question_results, subjects, category_scores, score_group("all", "", question_results))
+    subjects = sorted(by_subject, key=lambda subject: exam.categories[subject])
+    by_category: dict[str, list[QuestionResult]] = {}
+    for subject in subjects:
+        by_category.setdefault(exam.categories[subject], []).extend(by_subject[subject])
+    return ExamResult(
+        question_results,
+        [score_group(subject, exam.categories[subject], by_subject[subject]) for subject in subjects],
+        [score_group(category, category, questions) for category, questions in by_category.items()],
+        score_group("all", "", question_results),
+    )
 
 
 def interpretation(result: ExamResult) -> str:
     """A text that compares the score with random guessing and the two baselines."""
-    total, (low, high) = result.total, result.total.interval
-    p = total.p_value
+    total, (low, high), p = result.total, result.total.interval, result.total.p_value
     odds = "with probability below 1e-06" if p < 1e-6 else f"with probability {p:.2g}"
-    text = "Above chance" if p < SIGNIFICANCE_LEVEL else "Not above chance"
-    text += f": {total.accuracy:.1%} of {total.questions:,} questions correct, "
-    text += f"95 % confidence interval {low:.1%} to {high:.1%}. "
-    text += f"Random guessing scores {total.chance:.0%} on average, and at least as high {odds}."
-    if p < SIGNIFICANCE_LEVEL and low <= total.constant_baseline:
-        text += (
-            f" But always predicting {total.constant_letter} scores {total.constant_baseline:.1%}, "
-            "which is not below the interval."
-        )
-    elif p < SIGNIFICANCE_LEVEL and low <= total.longest_option_baseline:
-        text += (
-            f" But always predicting the longest option scores {total.longest_option_baseline:.1%}, "
-            "which is not below the interval."
-        )
-    significant = [subject.name for subject in result.subjects if subject.p_value < SIGNIFICANCE_LEVEL]
+    text = (
+        f"{'Above' if p < SIGNIFICANCE_LEVEL else 'Not above'} chance: {total.accuracy:.1%} of {total.questions:,} "
+        f"questions correct, 95 % confidence interval {low:.1%} to {high:.1%}. "
+        f"Random guessing scores {total.chance:.0%} on average, and at least as high {odds}."
+    )
+    baselines = {total.constant_letter: total.constant_baseline, "the longest option": total.longest_option_baseline}
+    for name, baseline in baselines.items() if p < SIGNIFICANCE_LEVEL else ():
+        if low <= baseline:
+            text += f" But always predicting {name} scores {baseline:.1%}, which is not below the interval."
+            break
     if len(result.subjects) >= 10:
+        significant = sum(subject.p_value < SIGNIFICANCE_LEVEL for subject in result.subjects)
         text += (
-            f" Subjects above chance (p < {SIGNIFICANCE_LEVEL}, uncorrected): "
-            f"{len(significant)} of {len(result.subjects)}"
+            f" Subjects above chance (p < {SIGNIFICANCE_LEVEL}, uncorrected): {significant} of {len(result.subjects)}; "
+            f"random guessing gives about {SIGNIFICANCE_LEVEL * len(result.subjects):.1f}."
         )
-        text += f"; random guessing gives about {SIGNIFICANCE_LEVEL * len(result.subjects):.1f}."
     return text

@@ -13,6 +13,7 @@ Encodings: ../corpus/text_encoding.py. MMLU's layout: github.com/hendrycks/test.
 Read next: exam_data.py (which file is which subject and split).
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -40,7 +41,7 @@ csv.field_size_limit(MAX_EXAM_FILE_BYTES)
 
 @dataclass(frozen=True)
 class ExamRow:
-    """One question of a file: stripped cells, the answer unparsed ("" where it is missing)."""
+    """One question of a file: stripped cells, two to ten options, the answer unparsed ("" where it is missing)."""
 
     line: int
     number: str
@@ -56,20 +57,17 @@ def decode_exam_text(where: str, data: bytes) -> str:
     if text is None:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
-        raise UserError(
-            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character: the file is damaged"
-        )
+        line = text.partition("\0")[0].count("\n") + 1
+        raise UserError(f"{where}:{line}: a NUL character: the file is damaged")
     return text.removeprefix("\ufeff")
 
 
 def _try_encodings(data: bytes) -> str | None:
     for codec in (detect_encoding(data[:SAMPLE_BYTES]).codec, "gb18030"):
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             text = data.decode(codec)
-        except UnicodeDecodeError:
-            continue
-        if codec != "gb18030" or _is_chinese(text):
-            return text
+            if codec != "gb18030" or _is_chinese(text):
+                return text
     return None
 
 
@@ -148,6 +146,19 @@ def parse_exam_rows(where: str, text: str, needs_answer: bool = False) -> list[E
     return _parse_jsonl(where, text) if where.lower().endswith(".jsonl") else _parse_csv(where, text, needs_answer)
 
 
+def _make_row(where: str, line: int, columns: ExamColumns, cells: list[str], number: str) -> ExamRow:
+    """A row without trailing empty options. `number`: for rows without one. Raises UserError for empty cells."""
+    cell = lambda index: cells[index].strip() if index >= 0 else ""
+    question, options = cell(columns.question), [cell(index) for index in columns.options]
+    if not question:
+        raise UserError(f"{where}:{line}: question is empty")
+    while len(options) > 2 and not options[-1]:
+        options.pop()
+    if "" in options:
+        raise UserError(f"{where}:{line}: {OPTION_LETTERS[options.index('')]} is empty")
+    return ExamRow(line, cell(columns.number) or number, question, tuple(options), cell(columns.answer))
+
+
 def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
     columns, has_header, delimiter = _detect_layout(where, text, needs_answer)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -155,10 +166,9 @@ def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
     try:
         if has_header:
             next(reader)
-        line, count = reader.line_num + 1, -1
-        for cells in reader:
-            first_line, count = line, count + 1
-            line = reader.line_num + 1
+        line = reader.line_num + 1
+        for count, cells in enumerate(reader):
+            first_line, line = line, reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != columns.count:
@@ -166,10 +176,7 @@ def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
                     f"{where}:{first_line}: {len(cells)} cells, {columns.count} in the first line: "
                     f"quote texts that contain {delimiter!r}"
                 )
-            number = cells[columns.number].strip() if columns.number >= 0 else ""
-            options = tuple(cells[i].strip() for i in columns.options)
-            answer = cells[columns.answer].strip() if columns.answer >= 0 else ""
-            rows.append(ExamRow(first_line, number or str(count), cells[columns.question].strip(), options, answer))
+            rows.append(_make_row(where, first_line, columns, cells, str(count)))
     except csv.Error as error:
         raise UserError(f"{where}:{reader.line_num}: not valid csv: {error}") from None
     return rows
@@ -212,10 +219,8 @@ def _parse_jsonl(where: str, text: str) -> list[ExamRow]:
         columns, missing = parse_header(list(cells))
         if missing:
             raise UserError(f"{where}:{line}: no key {', '.join(missing)}; keys: {', '.join(map(str, row))[:100]}")
-        values = list(cells.values())
-        indices = (columns.number, columns.question, columns.answer, *columns.options)
-        number, question, answer, *options = (_cell_text(values[i]) if i >= 0 else "" for i in indices)
-        rows.append(ExamRow(line, number or str(len(rows)), question, tuple(options), answer))
+        texts = ["" if value is None or isinstance(value, (list, dict)) else str(value) for value in cells.values()]
+        rows.append(_make_row(where, line, columns, texts, str(len(rows))))
     return rows
 
 
@@ -231,24 +236,17 @@ def _expand_options(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _cell_text(value: Any) -> str:
-    if value is None or isinstance(value, (list, dict)):
-        return ""
-    return str(value).strip()
-
-
 # ---- answers ---------------------------------------------------------------------------------------------------------
-def parse_answers(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> list[str]:
+def parse_answers(where: str, rows: list[ExamRow]) -> list[str]:
     """The letter of each row's answer, "" where it is missing. Raises UserError for an answer that is no option."""
-    base = _first_option_number(where, rows, options)
+    base = _first_option_number(where, rows)
     letters = []
-    for row, shown in zip(rows, options, strict=True):
-        raw_text = unicodedata.normalize("NFKC", row.answer)
-        letter = parse_letter(raw_text)
-        if raw_text.isdecimal() and base is not None:
-            index = int(raw_text[:9]) - base
-            letter = OPTION_LETTERS[index] if 0 <= index < len(shown) else ""
-        allowed = OPTION_LETTERS[: len(shown)]
+    for row in rows:
+        text, allowed = unicodedata.normalize("NFKC", row.answer), OPTION_LETTERS[: len(row.options)]
+        letter = parse_letter(text)
+        if text.isdecimal() and base is not None:
+            index = int(text[:9]) - base
+            letter = allowed[index] if 0 <= index < len(allowed) else ""
         if row.answer and letter not in tuple(allowed):
             expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             raise UserError(f"{where}:{row.line}: the answer must be {expected}, not {row.answer[:20]!r}")
@@ -256,33 +254,34 @@ def parse_answers(where: str, rows: list[ExamRow], options: list[tuple[str, ...]
     return letters
 
 
-def _first_option_number(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> int | None:
+def _first_option_number(where: str, rows: list[ExamRow]) -> int | None:
     """0 or 1: the number of the first option if answers are numbers; None if they are letters. Raises UserError."""
-    found: list[tuple[ExamRow, int, tuple[str, ...]]] = []
-    for row, shown in zip(rows, options, strict=True):
-        raw_text = unicodedata.normalize("NFKC", row.answer)
-        if raw_text.isdecimal():
-            found.append((row, int(raw_text[:9]), shown))
+    found: list[tuple[ExamRow, int]] = []
+    for row in rows:
+        text = unicodedata.normalize("NFKC", row.answer)
+        if text.isdecimal():
+            found.append((row, int(text[:9])))
         elif row.answer and found:
             raise UserError(f"{where}:{row.line}: the answer is {row.answer[:20]!r}, others are numbers: use letters")
     if not found:
         return None
-    zero = next((row for row, value, _ in found if value == 0), None)
-    last = next((row for row, value, shown in found if value == len(shown)), None)
+    zero = next((row for row, value in found if value == 0), None)
+    last = next((row for row, value in found if value == len(row.options)), None)
+    unclear = "unclear whether options count from 0 or 1: use letters"
     if zero and last:
         raise UserError(
-            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: it is unclear "
-            "whether options count from 0 or 1: use letters"
+            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: it is {unclear}"
         )
     if not zero and not last:
         raise UserError(
-            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: it is "
-            "unclear whether options count from 0 or 1: use letters"
+            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: "
+            f"it is {unclear}"
         )
-    for row, value, shown in found:
-        if str(value) in shown and shown.index(str(value)) != value - (0 if zero else 1):
+    base = 0 if zero else 1
+    for row, value in found:
+        if str(value) in row.options and row.options.index(str(value)) != value - base:
             raise UserError(
                 f"{where}:{row.line}: the answer {value} is the number of one option and the text of another: "
                 "use letters"
             )
-    return 0 if zero else 1
+    return base

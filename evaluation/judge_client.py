@@ -19,7 +19,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from common.errors import UserError
 
@@ -73,28 +73,21 @@ class ChatClient:
         self.has_answered = False
         self.opener = urllib.request.build_opener(_RejectRedirects())
 
-    def check_connection(self) -> None:
-        """Request the list of models to fail before answers are generated. A server without such a list passes.
+    def list_model_names(self) -> list[str]:
+        """The names of the server's models, [] where it lists none.
 
         Raises UserError where the server does not answer or rejects the key.
         """
-        self.list_model_names()
-
-    def list_model_names(self) -> list[str]:
-        """The names of the server's models, [] where it lists none. Raises UserError like `check_connection`."""
         try:
-            with self.opener.open(self._make_request("/models"), timeout=self.timeout) as response:
-                raw = response.read(MAX_REPLY_BYTES)
+            return [str(model["id"]) for model in json.loads(self._send("/models"))["data"]]
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
-                self._handle_http_error(error)
-            return []
+                self._raise_unless_temporary(error)
         except (OSError, http.client.HTTPException) as error:
             raise UserError(self._no_answer_message(_failure_reason(error))) from None
-        try:
-            return [str(model["id"]) for model in json.loads(raw)["data"]]
         except (ValueError, LookupError, TypeError):
-            return []
+            pass
+        return []
 
     def complete_text(self, text: str) -> str:
         """The reply to one user message. Raises UserError when the server fails or times out."""
@@ -104,17 +97,16 @@ class ChatClient:
         """The reply to a chat; `options` extend `self.options`. Raises UserError when the server fails or times out."""
         problem = ""
         for attempt in range(MAX_TRIES):
+            sent = {k: v for k, v in {**self.options, **options}.items() if k not in self.rejected_options}
             started = time.perf_counter()
             try:
-                request = self._make_request("/chat/completions", messages, options)
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    raw = response.read(MAX_REPLY_BYTES)
+                raw = self._send("/chat/completions", {"model": self.model, "messages": messages, **sent})
                 self.has_answered = True
                 return self._parse_reply(raw, time.perf_counter() - started)
             except urllib.error.HTTPError as error:
-                problem, wait = self._handle_http_error(error, {**self.options, **options}), _retry_after(error)
+                problem, wait = self._raise_unless_temporary(error, sent), _retry_after(error)
                 if error.code in (400, 422):
-                    continue  # retry without the rejected option
+                    continue  # without the rejected option
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 problem, wait = _failure_reason(error), None
                 if not self.has_answered and "timed out" not in problem:
@@ -123,20 +115,15 @@ class ChatClient:
                 time.sleep(min(2.0**attempt if wait is None else wait, MAX_RETRY_WAIT))
         raise UserError(f"{self.flag} {self.url}: gave up after {MAX_TRIES} tries ({problem}){self.retry_help}")
 
-    def _make_request(
-        self, path: str, messages: list[dict[str, str]] | None = None, options: dict[str, Any] | None = None
-    ) -> urllib.request.Request:
-        sent = {
-            name: value
-            for name, value in {**self.options, **(options or {})}.items()
-            if name not in self.rejected_options
-        }
+    def _send(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """POST `body` as JSON, or GET without one; returns at most MAX_REPLY_BYTES of the reply."""
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "mengya"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        body = {"model": self.model, "messages": messages, **sent}
-        data = json.dumps(body).encode() if messages is not None else None
-        return urllib.request.Request(self.url + path, data, headers)
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        with self.opener.open(request, timeout=self.timeout) as response:
+            raw: bytes = response.read(MAX_REPLY_BYTES)
+            return raw
 
     def _no_answer_message(self, problem: str) -> str:
         return f"{self.flag} {self.url}: no answer ({problem}): is the server running?"
@@ -157,34 +144,26 @@ class ChatClient:
             seconds,
         )
 
-    def _handle_http_error(self, error: urllib.error.HTTPError, sent: Iterable[str] = ()) -> str:
+    def _raise_unless_temporary(self, error: urllib.error.HTTPError, sent: Iterable[str] = ()) -> str:
         """The server's error message, if a retry may help. Adds the options that it names to `rejected_options`.
 
         Raises UserError where a retry cannot help.
         """
-        message = _error_message(error)
-        if (error.code == 429 and "quota" not in message.lower()) or error.code in (408, 409) or error.code >= 500:
-            return f"{error.code} {message}".strip()
-        if error.code in (400, 422):
-            named_options = [
-                name for name in sent if name not in self.rejected_options and re.search(rf"\b{name}\b", message)
-            ]
-            self.rejected_options += named_options
-            if named_options:
-                return message
-        self._raise_http_error(error.code, message)
-
-    def _raise_http_error(self, code: int, message: str) -> NoReturn:
-        prefix = f"{self.flag} {self.url}: {code}"
+        code, message = error.code, _error_message(error)
+        if (code == 429 and "quota" not in message.lower()) or code in (408, 409) or code >= 500:
+            return f"{code} {message}".strip()
+        named_options = [name for name in sent if re.search(rf"\b{name}\b", message)] if code in (400, 422) else []
+        self.rejected_options += named_options
+        if named_options:
+            return message
+        reason = message or "the server rejects the request"
         if code in (401, 403):
-            raise UserError(f"{prefix}: the server rejects the key: {self.key_help} ({message})") from None
-        if code == 404:
-            raise UserError(
-                f"{prefix}: does the address end in /v1, and is there a model {self.model}? ({message})"
-            ) from None
-        if 300 <= code < 400:
-            raise UserError(f"{prefix}: the server redirects to another address: give that address") from None
-        raise UserError(f"{prefix}: {message or 'the server rejects the request'}") from None
+            reason = f"the server rejects the key: {self.key_help} ({message})"
+        elif code == 404:
+            reason = f"does the address end in /v1, and is there a model {self.model}? ({message})"
+        elif 300 <= code < 400:
+            reason = "the server redirects to another address: give that address"
+        raise UserError(f"{self.flag} {self.url}: {code}: {reason}") from None
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:

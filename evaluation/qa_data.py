@@ -14,6 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 from corpus.language import detect_language
+from model.chat_template import Message
 
 MAX_ANSWER_TOKENS = 48  # of a chat model's answer
 LATIN_CHARACTERS, CHINESE_NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
@@ -26,6 +27,11 @@ def require_nonempty_text(text: str, where: str) -> str:
     if not text.strip():
         raise UserError(f"{where} is empty: give a text")
     return text.encode("utf-8", "replace").decode()
+
+
+def system_messages(text: str) -> list[Message]:
+    """The beginning of a chat with the system message of --system; [] without one. Raises UserError for a blank one."""
+    return [{"role": "system", "content": require_nonempty_text(text, "--system")}] if text else []
 
 
 def read_prompt_lines(path: str) -> list[tuple[str, str]]:

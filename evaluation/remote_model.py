@@ -11,19 +11,17 @@ so bits per byte and loss are not measured; the report says so.
 Called by report.py. Read next: judge_client.py (the requests), chat_model.py (a local model).
 """
 
-import argparse
 import dataclasses
 import re
 from typing import Any
 
 from common.errors import UserError
-from evaluation.chat_model import SAMPLING_SETTINGS
-from evaluation.judge_client import REPLY_TIMEOUT, ChatClient
-from model.repetition import repetition_stats
+from evaluation.judge_client import ChatClient
+from evaluation.qa_data import system_messages
 from model.sampling import SamplingParams
+from model.sampling_presets import SAMPLING_SETTINGS
 
 _NAMED_ADDRESS = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
-REMOTE_DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # those of local models
 
 
 class ReportClient(ChatClient):
@@ -35,67 +33,42 @@ class ReportClient(ChatClient):
 
 
 class RemoteModel:
-    """A served model. `address`: base URL with /v1, with an optional #MODEL. `timeout`: seconds per reply.
+    """A served model. `address`: base URL with /v1, with an optional #MODEL.
 
-    Raises UserError for an invalid address, settings out of range, a server that does not answer, and where neither
-    the address nor the server names a model.
+    Raises UserError for an invalid address, a server that does not answer, and where neither the address nor the
+    server names a model.
     """
 
-    def __init__(self, label: str, address: str, args: argparse.Namespace, timeout: float = REPLY_TIMEOUT) -> None:
+    def __init__(self, label: str, address: str, settings: SamplingParams, system: str, api_key: str) -> None:
         url, _, model = address.partition("#")
-        self.label, self.system = label, args.system
-        self.client = ReportClient(url, model, timeout, f"--report {label}")
-        self.client.key = (args.report_api_key or self.client.key).strip()
-        self.settings = _sampling_settings(args)
+        self.label, self.settings, self.system = label, settings, system_messages(system)
+        self.client = ReportClient(url, model, flag=f"--report {label}")
+        self.client.key = (api_key or self.client.key).strip()
         names = self.client.list_model_names()  # raises where the server does not answer or rejects the key
         self.client.model = model or next(iter(names), "")
         if not self.client.model:
             raise UserError(f"--report {label}: {url} lists no models: name one, as {label}={url}#MODEL")
-        self.client.options = _request_options(self.settings)
+        self.client.options = _request_options(settings)
 
-    def settings_dict(self) -> dict[str, Any]:
-        """The sampling settings and the system message, for the report."""
-        return {name: getattr(self.settings, name) for name in SAMPLING_SETTINGS} | {"system": self.system}
-
-    def measure(self, prompts: list[dict[str, str]]) -> dict[str, Any]:
-        """The figures that a server can provide, with the keys of report.measure_model.
+    def answer_prompts(self, prompts: list[str]) -> tuple[list[dict[str, Any]], float]:
+        """({"answer", "finish_reason", "tokens"} for each prompt, seconds). Tokens are None where they are not counted.
 
         Raises UserError when the server stops answering.
         """
-        print(f"{self.label}: {self.client.model} at {self.client.url}, served", flush=True)
         answers: list[dict[str, Any]] = []
-        token_counts: list[int] = []
         seconds = 0.0
-        for number, row in enumerate(prompts):
-            messages = [{"role": "system", "content": self.system}] if self.system else []
-            messages.append({"role": "user", "content": row["prompt"]})
+        for number, prompt in enumerate(prompts):
+            messages = [*self.system, {"role": "user", "content": prompt}]
             seed = {} if self.settings.seed is None else {"seed": self.settings.seed + number}
             try:
                 reply = self.client.complete(messages, **seed)
             except UserError as error:
                 raise UserError(f"{error} ({number} of {len(prompts)} prompts were answered)") from None
             seconds += reply.seconds
-            token_counts += [reply.tokens] if reply.tokens is not None else []
             answers.append({"answer": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": reply.tokens})
-        print(f"  answers: {seconds:.1f} s", flush=True)
-        figures_by_language = {
-            lang: repetition_stats(
-                [answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang]
-            )
-            for lang in dict.fromkeys(row["lang"] for row in prompts)
-        }
-        is_counted = len(token_counts) == len(answers)
-        unknown = ("parameters", "active", "context", "device", "dtype", "batch_tokens_per_second", "safety")
-        return {
-            **{"path": f"{self.client.url}#{self.client.model}", "stage": "served", "lineage": []},
-            **dict.fromkeys(unknown),
-            **{"bits_per_byte": {}, "sft_loss": {}, "missing": self._missing_figures(is_counted)},
-            "tokens_per_second": sum(token_counts) / max(seconds, 1e-9) if is_counted else None,
-            "answer_figures": {**figures_by_language, "all": repetition_stats(answers)},
-            "answers": answers,
-        }
+        return answers, seconds
 
-    def _missing_figures(self, is_counted: bool) -> list[str]:
+    def missing_figures(self, is_counted: bool) -> list[str]:
         """Sentences about missing figures and differences from local models."""
         reasons = [
             "bits per byte and SFT loss need the log-probabilities of given text, parameters and stage the checkpoint; "
@@ -121,14 +94,6 @@ def parse_address(given: str) -> tuple[str, str]:
     if not found or not found[1].strip():
         raise UserError(f"--report {given}: give the served model a name, as NAME={given}")
     return found[1].strip(), found[2]
-
-
-def _sampling_settings(args: argparse.Namespace) -> SamplingParams:
-    given = {name: getattr(args, name) for name in SAMPLING_SETTINGS if getattr(args, name) is not None}
-    try:
-        return SamplingParams(**(REMOTE_DEFAULTS | given))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
 
 
 def _request_options(settings: SamplingParams) -> dict[str, Any]:

@@ -13,12 +13,13 @@ With several orders of the options, the number of correct answers is rounded to 
 Called by exam_report.py. Read next: exam_stats.py (scores and intervals).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.exam_stats import SIGNIFICANCE_LEVEL, ExamResult, GroupScore
+from evaluation.exam_stats import SIGNIFICANCE_LEVEL, ExamResult, GroupScore, log_ways
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,24 @@ class SubjectStrengths:
 
 def find_strengths(result: ExamResult) -> SubjectStrengths:
     """Test every subject against the others and against random guessing."""
-    subjects = result.subjects
-    questions = result.total.questions
-    rights = [round(subject.correct) for subject in subjects]
-    fisher_p_values, guessing_p_values = [1.0] * len(subjects), [subject.p_value for subject in subjects]
-    for i, (subject, right) in enumerate(zip(subjects, rights, strict=True)):
-        others = questions - subject.questions
-        fisher_p_values[i] = fisher_p_value(right, subject.questions, sum(rights) - right, others) if others else 1.0
-    above = [subject for subject, found in zip(subjects, holm_rejections(guessing_p_values), strict=True) if found]
-    strong, weak = [], []
-    for subject, right, found in zip(subjects, rights, holm_rejections(fisher_p_values), strict=True):
-        if found and right * questions < sum(rights) * subject.questions:
-            weak.append(subject)
-        elif found and subject in above:
-            strong.append(subject)
-    best_first = lambda scores: sorted(scores, key=lambda score: score.accuracy, reverse=True)
-    return SubjectStrengths(best_first(strong), best_first(weak)[::-1], best_first(above), len(subjects))
+    subjects = sorted(result.subjects, key=lambda score: score.accuracy, reverse=True)
+    questions, all_right = result.total.questions, sum(round(subject.correct) for subject in subjects)
+    p_values = []
+    for subject in subjects:
+        right, others = round(subject.correct), questions - subject.questions
+        p_values.append(fisher_p_value(right, subject.questions, all_right - right, others) if others else 1.0)
+    above = list(itertools.compress(subjects, holm_rejections([subject.p_value for subject in subjects])))
+    different = list(itertools.compress(subjects, holm_rejections(p_values)))
+    weak = [s for s in different if round(s.correct) * questions < all_right * s.questions]
+    strong = [subject for subject in different if subject not in weak and subject in above]
+    return SubjectStrengths(strong, weak[::-1], above, len(subjects))
 
 
 def holm_rejections(p_values: Sequence[float], level: float = SIGNIFICANCE_LEVEL) -> list[bool]:
     """For each p-value, whether Holm's step-down method rejects it at a family-wise error rate of `level`."""
     rejected = [False] * len(p_values)
-    for left, i in zip(
-        range(len(p_values), 0, -1), sorted(range(len(p_values)), key=p_values.__getitem__), strict=True
-    ):
-        if p_values[i] > level / left:
+    for step, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[i] > level / (len(p_values) - step):
             break
         rejected[i] = True
     return rejected
@@ -71,9 +65,6 @@ def holm_rejections(p_values: Sequence[float], level: float = SIGNIFICANCE_LEVEL
 def fisher_p_value(right: int, questions: int, other_right: int, other_questions: int) -> float:
     """Two-sided p-value of Fisher's exact test: total probability of the tables that are at most as probable."""
     total, all_right = questions + other_questions, right + other_right
-
-    def log_ways(n: int, k: int) -> float:
-        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
     def log_p(k: int) -> float:
         return log_ways(questions, k) + log_ways(other_questions, all_right - k) - log_ways(total, all_right)
@@ -91,15 +82,11 @@ def strengths_interpretation(found: SubjectStrengths) -> str:
     above = f"{len(found.above_guessing)} of {found.subjects} subjects are above the random baseline"
     if not found.strong and not found.weak:
         return f"No subject differs significantly from the others; {above} {tested}."
-    parts = [f"{title}: {_format_scores(scores)}." for title, scores in
-             (("Strong subjects", found.strong), ("Weak subjects", found.weak))]  # fmt: skip
-    return f"{' '.join(parts)} They differ significantly from the other subjects; {above} {tested}."
+    subjects = f"Strong subjects: {_format_scores(found.strong)}. Weak subjects: {_format_scores(found.weak)}."
+    return f"{subjects} They differ significantly from the other subjects; {above} {tested}."
 
 
 def _format_scores(scores: list[GroupScore]) -> str:
     """law 95.0% (76.4% to 99.1%)."""
-    shown = []
-    for score in scores:
-        low, high = score.interval
-        shown.append(f"{score.name} {score.accuracy:.1%} ({low:.1%} to {high:.1%})")
+    shown = ("{} {:.1%} ({:.1%} to {:.1%})".format(score.name, score.accuracy, *score.interval) for score in scores)
     return ", ".join(shown) or "none"

@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, escape_controls
 from common.files import write_text
-from evaluation.chat_model import SAMPLING_SETTINGS, ChatModel
-from evaluation.qa_data import require_nonempty_text
+from evaluation.chat_model import ChatModel
+from evaluation.qa_data import require_nonempty_text, system_messages
 from model.chat_template import Message
-from model.sampling_presets import format_settings, merge_settings
+from model.completion import Completion
+from model.sampling import SamplingParams
+from model.sampling_presets import SAMPLING_SETTINGS, format_settings, merge_settings
 
 COMMAND_HINT = "/help lists the commands, Ctrl-C stops an answer, /exit quits"
 COMMAND_HELP = """/reset              clear the conversation
@@ -38,25 +40,48 @@ COMMAND_HELP = """/reset              clear the conversation
 
 
 class TerminalChat:
-    """The messages of a conversation. A prompt contains the last `history` turns, or all if None."""
+    """A conversation; a prompt contains its last `history` turns, or all if None. Counts tokens and seconds.
 
-    def __init__(self, chat_model: ChatModel, history: int | None = None) -> None:
-        self.chat_model, self.history = chat_model, history
+    Raises UserError for a blank system message.
+    """
+
+    def __init__(
+        self, chat_model: ChatModel, settings: SamplingParams, system: str = "", history: int | None = None
+    ) -> None:
+        self.chat_model, self.settings, self.history = chat_model, settings, history
+        self.system = system_messages(system)
         self.messages: list[Message] = []
+        self.answers: list[dict[str, Any]] = []
+        self.tokens, self.seconds = 0, 0.0
 
     def send_message(self, text: str, is_interactive: bool = True) -> None:
         """Print the model's answer; append question and answer to the messages unless generation fails.
 
-        If `is_interactive`, Ctrl-C stops the answer and the speed is printed.
+        If `is_interactive`, Ctrl-C stops the answer and keeps its text, and the speed is printed.
         """
         question: Message = {"role": "user", "content": require_nonempty_text(text, "the question")}
         past = self.messages if self.history is None else self.messages[max(0, len(self.messages) - 2 * self.history) :]
-        answer = self.chat_model.stream_answer([*past, question], interruptible=is_interactive)
-        stopped = self.chat_model.answers[-1]["finish_reason"] == "stopped"
-        if answer or not stopped:
-            self.messages += [question, {"role": "assistant", "content": answer}]
+        answer, started = Completion(), time.perf_counter()
+        try:
+            prompt = self.chat_model.prompt_ids([*self.system, *past, question], self.settings.max_new_tokens)
+            for piece in self.chat_model.stream(prompt, self.settings, answer):
+                print(escape_controls(piece, keep="\n\t"), end="", flush=True)
+        except KeyboardInterrupt:
+            if not is_interactive:
+                raise
+            answer.finish_reason = "stopped"
+            print(" [stopped]", end="")
+        except ValueError as error:  # the prompt is too long
+            raise UserError(str(error)) from None
+        print(flush=True)
+        tokens, seconds = len(answer.ids), max(time.perf_counter() - started, 1e-9)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.answers.append(
+            {"prompt": question["content"], "answer": answer.text, "finish_reason": answer.finish_reason}
+        )
+        if answer.text or answer.finish_reason != "stopped":
+            self.messages += [question, {"role": "assistant", "content": answer.text}]
         if is_interactive:
-            tokens, seconds = self.chat_model.last_timing
             print(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s]", flush=True)
 
     def retry(self) -> None:
@@ -78,18 +103,17 @@ class TerminalChat:
         if path.exists():
             raise UserError(f"{path} exists already: name another file")
         if self.chat_model.is_chat_model:
-            rows: list[dict[str, object]] = [{"messages": self.chat_model.system + self.messages}]
+            rows: list[dict[str, object]] = [{"messages": self.system + self.messages}]
         else:
             texts = [message["content"] for message in self.messages]
             rows = [{"text": prompt + more} for prompt, more in zip(texts[::2], texts[1::2], strict=True)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def run_terminal_chat(chat_model: ChatModel, out_dir: str, history: int | None = None) -> None:
+def run_terminal_chat(chat: TerminalChat, out_dir: str) -> None:
     """Read lines and answer them until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
-    chat = TerminalChat(chat_model, history)
     print(COMMAND_HINT)
     while True:
         try:
@@ -112,7 +136,6 @@ def run_terminal_chat(chat_model: ChatModel, out_dir: str, history: int | None =
 
 def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
     """Run one command and print its effect. Raises UserError for an invalid value."""
-    chat_model = chat.chat_model
     name, _, value = line[1:].partition(" ")
     value = value.strip()
     if name == "reset":
@@ -125,13 +148,13 @@ def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
         chat.save(path)
         message = f"written: {path}"
     elif name == "system":
-        chat_model.system = [{"role": "system", "content": require_nonempty_text(value, "/system")}] if value else []
+        chat.system = system_messages(value)
         message = "system message set" if value else "no system message"
     elif name == "history":
         chat.history = _parse_history(value) if value else None
         message = f"history: last {chat.history} turns" if value else "history: all turns"
     elif name in SAMPLING_SETTINGS:
-        message = _change_sampling(chat_model, name, value)
+        message = _change_sampling(chat, name, value)
     else:
         return print(COMMAND_HELP, flush=True)
     print(f"[{message}]", flush=True)
@@ -143,15 +166,15 @@ def _parse_history(value: str) -> int:
     return int(value)
 
 
-def _change_sampling(chat_model: ChatModel, name: str, value: str) -> str:
+def _change_sampling(chat: TerminalChat, name: str, value: str) -> str:
     """Change one setting if there is a value; returns all settings as text. Raises UserError."""
     if value:
         is_integer = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
-        current = {key: getattr(chat_model.settings, key) for key in SAMPLING_SETTINGS}
+        current = {key: getattr(chat.settings, key) for key in SAMPLING_SETTINGS}
         try:
             number: Any = None if (name, value) == ("seed", "none") else int(value) if is_integer else float(value)
-            chat_model.settings = dataclasses.replace(chat_model.settings, **merge_settings({name: number}, current))
+            chat.settings = dataclasses.replace(chat.settings, **merge_settings({name: number}, current))
         except ValueError as error:
             reason = str(error) if str(error).startswith(name) else f"{value} is not a {'whole ' * is_integer}number"
             raise UserError(f"/{name}: {reason.removeprefix(name + ' ')}") from None
-    return format_settings({name: getattr(chat_model.settings, name) for name in SAMPLING_SETTINGS})
+    return format_settings({name: getattr(chat.settings, name) for name in SAMPLING_SETTINGS})

@@ -10,13 +10,23 @@
 RoPE rotates dimensions i and i + head_dim / 2 together here and in qwen2, qwen3 and qwen3moe; llama and granitemoe
 rotate 2i and 2i + 1. For these two the rows (and biases) of q_proj and k_proj are permuted inside each head. Attention
 scores do not change, because q and k are permuted alike. llama.cpp's qwen2 supports neither a separate head_dim nor
-llama3's RoPE scaling; its llama supports both, and biases. RoPE scaling: gguf_rope.py.
+llama3's RoPE scaling; its llama supports both, and biases.
 
-Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
+    RoPE scaling   GGUF
+    linear         rope.scaling.type linear, factor
+    yarn           rope.scaling.type yarn, factor, original_context_length, attn_factor
+    llama3         the tensor rope_freqs.weight: a divisor for each frequency; architectures llama and granitemoe only
+    dynamic        rejected: llama.cpp has one RoPE table for all sequence lengths
+
+llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. In these architectures it
+always rounds the ends of the ramp and does not read beta_fast and beta_slow, so other values are rejected.
+Source: llama.cpp's src/llama-vocab.cpp, src/llama-context.cpp and src/models/, ggml's rope_yarn, the gguf package.
 Read next: gguf_tokenizer.py, verify_gguf.py (verification), hf_export.py.
 """
 
+import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +36,14 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from export.facts_file import Facts
-from export.gguf_rope import check_rope_supported, llama3_rope_factors, write_rope_scaling
 from export.gguf_tokenizer import pre_tokenizer_name, write_tokenizer
 from export.granite_moe import to_granite
 from export.hf_export import hf_architecture
+from export.model_facts import Facts
 from model.chat_template import ChatTemplate
 from model.checkpoint import model_state_dict
 from model.config import ModelConfig
+from model.rope import attention_factor, rope_frequencies
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
@@ -88,6 +98,41 @@ def gguf_architecture(config: ModelConfig) -> str:
     name = GGUF_ARCHITECTURES[hf_architecture(config)[1]]
     is_wide = config.n_heads * config.head_dim != config.dim
     return "llama" if name == "qwen2" and (is_wide or config.rope_scaling.get("rope_type") == "llama3") else name
+
+
+def check_rope_supported(config: ModelConfig, architecture: str) -> None:
+    """Raises UserError if llama.cpp does not compute the RoPE scaling of `config` in this architecture."""
+    kind, scaling = config.rope_scaling.get("rope_type"), config.rope_scaling
+    ramp = (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True))
+    for problem, wrong in {
+        "dynamic RoPE scaling": kind == "dynamic",
+        "YaRN with beta_fast, beta_slow and truncate other than 32, 1 and true": ramp != (32, 1, True),
+        f"llama3 RoPE scaling in the architecture {architecture}": kind == "llama3"
+        and architecture not in ("llama", "granitemoe"),
+    }.items():
+        if wrong:
+            raise UserError(f"--gguf: llama.cpp does not compute {problem}: leave out --gguf")
+
+
+def write_rope_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
+    """Write the metadata keys of linear and yarn scaling."""
+    scaling = config.rope_scaling
+    kind = scaling.get("rope_type")
+    if kind not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(float(scaling["factor"]))
+    if config.trained_len:
+        writer.add_rope_scaling_orig_ctx_len(config.trained_len)
+    if kind == "yarn":
+        default_factor = 0.1 * math.log(scaling["factor"]) + 1.0
+        writer.add_rope_scaling_attn_factors(attention_factor(scaling) / default_factor)
+
+
+def llama3_rope_factors(config: ModelConfig) -> Tensor:
+    """The divisors (head_dim / 2,) that llama3's scaling applies to the RoPE frequencies."""
+    unscaled, _ = rope_frequencies(dataclasses.replace(config, rope_scaling={}))
+    return unscaled / rope_frequencies(config)[0]
 
 
 def interleave(matrix: Tensor, heads: int) -> Tensor:

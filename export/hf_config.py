@@ -8,9 +8,10 @@
 
 RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). If a file has both, `rope_scaling`
 is used, as in transformers 5. longrope and RoPE that differs between layers are rejected.
-Read next: ../model/rope.py, hf_import.py (the tensors), hf_export.py (the export).
+Read next: ../model/rope.py, hf_folder.py (the tensors), hf_export.py (the export).
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,19 @@ MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # defaults of transformers for keys 
 
 Settings = dict[str, Any]
 NumberReader = Callable[..., Any]
+
+
+def read_hf_json(folder: Path, name: str) -> Settings:
+    """The content of a JSON file of a transformers folder. Raises UserError if it is missing or damaged."""
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a transformers model: it has no {name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {folder / name} ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / name} is not a JSON object: download it again")
+    return content
 
 
 def convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:

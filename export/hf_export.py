@@ -9,24 +9,31 @@
     experts without QK-norm              GraniteMoeSharedForCausalLM   experts stacked (granite_moe.py)
 
 The same model gives the same bytes on every machine and with every version of transformers, because config.json is
-written here and not by that library. hf_import.py reads such a folder.
+written here and not by that library. hf_folder.py reads such a folder.
 RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length is written
 only as max_position_embeddings: 4.50 reads it there, 4.53 divides by original_max_position_embeddings if that is
 given, 4.57 and 5 read either.
 Read next: granite_moe.py, verify_hf.py (compares the folder with the model), ../export_model.py.
 """
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import remove, replace_folder, temporary_path
+from common.locks import lock_output
 from export.granite_moe import granite_settings, to_granite
 from export.hf_config import GRANITE, QWEN3_MOE
+from export.model_facts import LINEAGE_FILE
 from model.checkpoint import model_state_dict
 from model.config import ModelConfig
 from model.rope import attention_factor
@@ -165,7 +172,6 @@ def write_hf_folder(
 ) -> None:
     """Write all files for stock transformers into an existing folder; a shard holds at most `max_shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     settings = make_hf_config(model.config, tokenizer, dtype)
     state = hf_state_dict(model, dtype)
@@ -185,3 +191,38 @@ def write_hf_folder(
 def write_sorted_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+# ---- an export is complete or absent ---------------------------------------------------------------------------------
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises UserError if `target` exists, unless it is empty, or an earlier export and `overwrite` is set."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: name a folder")
+    is_occupied = target.is_dir() and any(target.iterdir())
+    if is_occupied and not (target / LINEAGE_FILE).is_file():
+        raise UserError(f"{target} is not empty and not an exported model: choose another folder")
+    if is_occupied and not overwrite:
+        raise UserError(f"{target} already contains an exported model: choose another folder, or add --overwrite")
+
+
+@contextlib.contextmanager
+def staging_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, renamed to `target` at the end and removed after an error.
+
+    `target` is locked meanwhile, and files left by a killed export are removed. Raises UserError as `check_target`
+    does, if another process holds the lock, or if writing fails.
+    """
+    check_target(target, overwrite)
+    target = target.resolve()
+    folder = temporary_path(target, "tmp")
+    with lock_output(target):
+        check_target(target, overwrite)  # another export may have finished before the lock was taken
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            replace_folder(folder, target)
+        except (OSError, SafetensorError) as error:
+            reason = str(error)[:200]
+            raise UserError(f"cannot write {target} ({reason}): free some space or choose another folder") from error
+        finally:
+            remove(folder)

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from common.metric_keys import with_current_metric_keys
-from export.facts_file import Facts, number_or_zero
+from export.model_facts import Facts, number_or_zero
 from model.config import ModelConfig
 from model.rope import rope_summary
 

@@ -58,7 +58,7 @@ def sample_chat_ids(tokenizer: ChatTokenizer) -> list[int]:
 
 def sample_chat_text(tokenizer: ChatTokenizer) -> str:
     """The text of SAMPLE_CHAT. Decoding its ids may differ: a SentencePiece decoder drops a space."""
-    return "".join(text for text, _ in tokenizer.chat_format.spans(list(SAMPLE_CHAT), True))
+    return tokenizer.chat_format.text(list(SAMPLE_CHAT), True)
 
 
 def comparison_inputs(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:

@@ -26,12 +26,8 @@ class BeamSearch:
 
     def __init__(self, num_beams: int, max_length: int, length_penalty: float, stop_ids: Collection[int]) -> None:
         """`max_length`: maximum number of tokens of an answer, including the stop token; at least 1."""
-        self.num_beams, self.max_length, self.length_penalty, self.stop_ids = (
-            num_beams,
-            max_length,
-            length_penalty,
-            stop_ids,
-        )
+        self.num_beams, self.max_length = num_beams, max_length
+        self.length_penalty, self.stop_ids = length_penalty, stop_ids
         self.scores = [0.0] + [INACTIVE_SCORE] * (num_beams - 1)
         self.ids: list[list[int]] = [[] for _ in range(num_beams)]
         self.length = 0  # tokens of each beam

@@ -5,25 +5,29 @@
     belle     Human: {question} \\n\\nAssistant:{answer}<|endoftext|>    in place of <|endoftext|>: Human: …
     text      {question}{answer}<|endoftext|>                         no roles: the model continues the text
 
-A format renders a chat as `spans` (for tokenizer.py) and as an equivalent jinja `template` (for transformers and other
-programs that load an exported model). The loss covers each answer and the end-of-turn token after it.
+A format renders a chat as text with the spans of its answers. `Renderer` tokenizes the whole text and derives the mask
+from the spans: the loss covers each answer and the end-of-turn token after it. A marker string inside a message stays
+text: it is split in two, and the parts of the chat are tokenized separately. Each format also has an equivalent jinja
+`template`, for transformers and other programs that load an exported model.
 
 chatml: OpenAI's chat markup. mindllm: the model card of bit-dny/MindLLM-1b3-chat-zh-v2.0; the loss excludes the newline
 and the second <|endoftext|> between turns. belle: the model card of BelleGroup/BELLE-7B-2M (including the space before
 the newlines), which concatenates turns without a separator, so only the last answer of a chat ends with eos, as in
 BELLE's training. text: the model card of xiangxinai/Xiangxin-3B. mindllm, belle and text have no system role: a system
 message becomes plain text before the first turn.
-Read next: tokenizer.py (spans -> ids and mask), jinja_template.py.
+Read next: tokenizer.py (ChatTokenizer.render), jinja_template.py.
 """
 
+import bisect
+import re
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from common.errors import UserError
+from tokenizers import Encoding, Tokenizer
+
+from common.errors import CHAT_FORMAT_ADVICE, UserError
 
 Message = dict[str, Any]  # role, content; "weight": 0 excludes an answer from the loss
-Span = tuple[str, bool]  # a piece of the rendered text, and whether the loss covers it
-TrainingSpans = tuple[list[Span], list[int]]  # a rendered chat, and the indices of its trained messages
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # From the model card of bit-dny/MindLLM-1b3-chat-zh-v2.0, without its repetition_penalty of 0.5: a penalty below 1
@@ -41,6 +45,40 @@ class UnsupportedChatError(UserError):
 
 class TooManyAnswersError(UnsupportedChatError):
     """The chat has too many answers for the format; its first turns may be supported."""
+
+
+class SampleText(NamedTuple):
+    """A training sample as text. `spans`: (start, end) of each trained answer in it; `answers`: their messages."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    answers: list[int]
+
+
+class RenderedSample(NamedTuple):
+    """A tokenized sample. `mask` is 1 at trained tokens; `answers`: indices of the messages that they belong to."""
+
+    ids: list[int]
+    mask: list[int]
+    answers: list[int]
+
+
+class RenderedChat(NamedTuple):
+    """The samples of a chat, usually one. If the format does not support the chat: none, and `refusal` is the reason.
+
+    `is_too_long`: the chat has too many turns; its first turns alone may be supported.
+    """
+
+    samples: list[RenderedSample]
+    refusal: str = ""
+    is_too_long: bool = False
+
+
+class ChatFormat(Protocol):
+    """What `Renderer` needs of a format; ChatTemplate and JinjaTemplate have it. Both raise UnsupportedChatError."""
+
+    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str: ...
+    def samples(self, messages: list[Message], add_generation_prompt: bool = False) -> list[SampleText]: ...
 
 
 @dataclass(frozen=True)
@@ -63,35 +101,29 @@ class ChatTemplate:
     sampling: dict[str, Any] = field(default_factory=dict, compare=False)
     revision: int = 1
 
-    def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
-        """The rendered chat as spans. Raises UnsupportedChatError if the format does not have a role of the chat."""
-        spans = [(self.start, False)]
+    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The rendered chat. Raises UnsupportedChatError if the format does not have a role of the chat."""
+        return self.samples(messages, add_generation_prompt)[0].text
+
+    def samples(self, messages: list[Message], add_generation_prompt: bool = False) -> list[SampleText]:
+        """One training sample, which trains every answer. Raises UnsupportedChatError as `text` does."""
+        text, spans = self.start, []
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
             prefix, suffix = self._affixes(role)
             if role == "assistant":
-                has_next_turn = add_generation_prompt or i + 1 < len(messages)
-                suffix = self.inner_suffix if has_next_turn and self.inner_suffix is not None else suffix
-                end_of_turn = self.end_of_turn if suffix.startswith(self.end_of_turn) else ""
-                is_trained = message.get("weight") != 0
-                spans += [
-                    (prefix, False),
-                    (content + end_of_turn, is_trained),
-                    (suffix.removeprefix(end_of_turn), False),
-                ]
-            else:
-                spans += [(prefix + (content.strip() if self.strip_content else content) + suffix, False)]
+                if self.inner_suffix is not None and (add_generation_prompt or i + 1 < len(messages)):
+                    suffix = self.inner_suffix
+                if message.get("weight") != 0:
+                    start = len(text) + len(prefix)
+                    end_of_turn = self.end_of_turn if suffix.startswith(self.end_of_turn) else ""
+                    spans.append((start, start + len(content + end_of_turn)))
+            elif self.strip_content:
+                content = content.strip()
+            text += prefix + content + suffix
         if add_generation_prompt:
-            spans.append((self._affixes("assistant")[0], False))
-        return spans
-
-    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The rendered chat as text. Raises UnsupportedChatError as `spans` does."""
-        return "".join(text for text, _ in self.spans(messages, add_generation_prompt))
-
-    def samples(self, messages: list[Message]) -> list[TrainingSpans]:
-        """The training samples of a chat: one, which trains every answer."""
-        return [(self.spans(messages, False), trained_answers(messages))]
+            text += self._affixes("assistant")[0]
+        return [SampleText(text, spans, trained_answers(messages))]
 
     def _affixes(self, role: str) -> tuple[str, str]:
         if role in self.roles:
@@ -110,9 +142,8 @@ class ChatTemplate:
             opening = quote_jinja(prefix).replace("{role}", "' + message['role'] + '")
             closing = quote_jinja(suffix)
             if role == "assistant" and self.inner_suffix is not None:
-                closing = (
-                    f"({closing} if loop.last and not add_generation_prompt else {quote_jinja(self.inner_suffix)})"
-                )
+                inner = quote_jinja(self.inner_suffix)
+                closing = f"({closing} if loop.last and not add_generation_prompt else {inner})"
             expression = f"{{{{ {opening} + ({content}) + {closing} }}}}"
             branches.append(expression if role == ANY_ROLE else f"if message['role'] == '{role}' %}}{expression}")
         if ANY_ROLE not in self.roles:
@@ -149,3 +180,78 @@ def find_chat_template(name: str, eos: str = END_OF_TEXT) -> ChatTemplate:
     if name == "text":
         return ChatTemplate(name, "", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", eos)}, eos)
     raise UserError(f"unknown chat format {name}: choose from {', '.join(CHAT_FORMATS)}")
+
+
+class Renderer:
+    """Renders chats with a chat format to token ids and loss masks."""
+
+    def __init__(self, backend: Tokenizer, markers: re.Pattern[str], chat_format: ChatFormat) -> None:
+        """`backend` encodes marker strings as control tokens; `markers` matches them."""
+        self.backend, self.markers, self.chat_format = backend, markers, chat_format
+
+    def render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[RenderedChat]:
+        """See `ChatTokenizer.render_each`."""
+        texts = [self._sample_texts(messages, add_generation_prompt) for messages in chats]
+        all_parts = [part for samples, _ in texts for _, parts in samples for part in parts]
+        encodings = iter(self.backend.encode_batch(all_parts, add_special_tokens=False))
+        rendered = []
+        for samples, refusal in texts:
+            tokenized = [join_parts(sample, parts, [next(encodings) for _ in parts]) for sample, parts in samples]
+            rendered.append(RenderedChat(tokenized, str(refusal or ""), isinstance(refusal, TooManyAnswersError)))
+        return rendered
+
+    def render_unfinished(self, messages: list[Message]) -> list[int]:
+        """See `ChatTokenizer.render_unfinished`."""
+        end = unused_character(messages, range(0xF8FF, 0xDFFF, -1))
+        unfinished = {**messages[-1], "content": messages[-1]["content"] + end}
+        separator, escaped = self._escape_markers([*messages[:-1], unfinished])
+        try:
+            text, found, _ = self.chat_format.text(escaped).rpartition(end)
+        except UnsupportedChatError as refusal:
+            raise UserError(f"{refusal}; {CHAT_FORMAT_ADVICE}") from None
+        if not found:
+            raise UserError("the chat template leaves out the last message: it cannot be continued")
+        encodings = self.backend.encode_batch(text.split(separator) if separator else [text], add_special_tokens=False)
+        return [i for encoding in encodings for i in encoding.ids]
+
+    def _sample_texts(
+        self, messages: list[Message], add_generation_prompt: bool
+    ) -> tuple[list[tuple[SampleText, list[str]]], UnsupportedChatError | None]:
+        """The samples of a chat with the parts of their texts, or the reason why the format does not support it."""
+        separator, escaped = self._escape_markers(messages)
+        try:
+            samples = self.chat_format.samples(escaped, add_generation_prompt)
+        except UnsupportedChatError as refusal:
+            return [], refusal
+        return [(s, s.text.split(separator) if separator else [s.text]) for s in samples], None
+
+    def _escape_markers(self, messages: list[Message]) -> tuple[str, list[Message]]:
+        """Insert an unused character into every marker of the messages; returns it ("" without markers) and them."""
+        if not any(self.markers.search(message["content"]) for message in messages):
+            return "", messages
+        separator = unused_character(messages, range(0xE000, 0xF8FF))
+        split = lambda found: found[0][0] + separator + found[0][1:]
+        return separator, [{**message, "content": self.markers.sub(split, message["content"])} for message in messages]
+
+
+def unused_character(messages: list[Message], codes: range) -> str:
+    """The first character of a range that does not occur in the messages."""
+    content = "".join(message["content"] for message in messages)
+    return next(chr(code) for code in codes if chr(code) not in content)
+
+
+def join_parts(sample: SampleText, parts: list[str], encodings: list[Encoding]) -> RenderedSample:
+    """Join the ids of all parts of a text; the mask is 1 for tokens that begin inside a trained answer."""
+    ids: list[int] = []
+    mask: list[int] = []
+    offset = 0  # of the part in the text; each separator between parts takes one character
+    for part, encoding in zip(parts, encodings, strict=True):
+        token_start = lambda token, encoding=encoding: encoding.token_to_chars(token)[0]
+        mask += [0] * len(encoding)
+        for span in sample.spans:
+            tokens = range(len(encoding))
+            first, last = (len(ids) + bisect.bisect_left(tokens, edge - offset, key=token_start) for edge in span)
+            mask[first:last] = [1] * (last - first)
+        ids += encoding.ids
+        offset += len(part) + 1
+    return RenderedSample(ids, mask, sample.answers)

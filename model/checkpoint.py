@@ -45,7 +45,6 @@ LOAD_ERRORS = (  # raised by torch.load for damaged or foreign files
 LoadedModel = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
 FolderLoader = Callable[[str | os.PathLike[str], str | torch.device], LoadedModel]
 UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # name prefixes of torch.compile and DDP
 
 # Stage -> the stages that it may start from, preferred first.
 PARENT_STAGES: dict[str, tuple[str, ...]] = {
@@ -72,29 +71,24 @@ def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
         raise UserError(f"cannot write {path}: {error}: {advice}") from error
 
 
-def model_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors to save, on the CPU: those of the unwrapped model, or only the adapter's if it has one.
-
-    Names have no wrapper prefixes; tied weights appear once.
-    """
-    raw, state = unwrap_model(model), {}
-    if raw.adapter:
-        return {name: tensor.detach().cpu() for name, tensor in adapter_state(raw).items()}
-    for name, tensor in model.state_dict().items():
-        for wrapper in WRAPPER_PREFIXES:
-            name = name.replace(wrapper, "")
-        state[name] = tensor.detach().cpu()
-    if raw.config.tie_embeddings:
-        state.pop("lm_head.weight")
-    return state
-
-
 def unwrap_model(model: torch.nn.Module) -> Transformer:
     """The Transformer inside torch.compile and DDP."""
     wrapped: Any = model
     while not isinstance(wrapped, Transformer):
         wrapped = getattr(wrapped, "_orig_mod", None) or wrapped.module
     return wrapped
+
+
+def model_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors to save, on the CPU: those of the unwrapped model, or only the adapter's if it has one.
+
+    Tied weights appear once.
+    """
+    raw = unwrap_model(model)
+    state = adapter_state(raw) if raw.adapter else raw.state_dict()
+    if raw.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def build_checkpoint(
@@ -137,25 +131,17 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
     """
     check_encodable_path(path)
     try:
-        check_records(path, weights)
+        stat = Path(path).stat()
+        if record := _damaged_record(Path(path).resolve(), weights, stat.st_size, stat.st_mtime_ns):
+            raise ValueError(f"the checksum of {record} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
     except (*LOAD_ERRORS, UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign: "
-            "copy it again or train it again"
-        ) from None
+        advice = "the file is damaged or foreign: copy it again or train it again"
+        raise UserError(f"cannot read {path} as a checkpoint ({reason[:120]}): {advice}") from None
     return check_checkpoint(checkpoint, path)
-
-
-def check_records(path: str | os.PathLike[str], weights: bool) -> None:
-    """Verify the checksums of a file of torch.save. Raises ValueError, zipfile.BadZipFile or OSError."""
-    file_path = Path(path).resolve()
-    file_stat = file_path.stat()
-    if record := _damaged_record(file_path, weights, file_stat.st_size, file_stat.st_mtime_ns):
-        raise ValueError(f"the checksum of {record} differs")
 
 
 @functools.lru_cache(64)
@@ -180,16 +166,11 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     model.load_state_dict({**model.state_dict(), **state}, strict=True)
 
 
-def reject_folder(path: str | os.PathLike[str], device: str | torch.device) -> LoadedModel:
-    """Default `open_folder` of `load_model`: raises UserError."""
-    raise UserError(f"{path} is a folder, not a .pth")
-
-
 def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     parent: str | os.PathLike[str] | None = None,
-    open_folder: FolderLoader = reject_folder,
+    open_folder: FolderLoader | None = None,
 ) -> LoadedModel:
     """Load a .pth: (model in fp32 and eval mode, tokenizer, checkpoint without its weights).
 
@@ -197,6 +178,8 @@ def load_model(
     `open_folder` loads Hugging Face folders; `open_model` in ../export/hf_import.py passes it. Raises UserError.
     """
     if Path(path).is_dir():
+        if not open_folder:
+            raise UserError(f"{path} is a folder, not a .pth")
         return open_folder(path, device)
     checkpoint = read_checkpoint(path)
     state = checkpoint.pop("model")
@@ -225,10 +208,10 @@ def load_carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str])
     return tokenizer
 
 
-def model_fingerprint(path: str | os.PathLike[str], open_folder: FolderLoader = reject_folder) -> str:
+def model_fingerprint(path: str | os.PathLike[str], open_folder: FolderLoader | None = None) -> str:
     """16 hex digits: a hash of the model's tensors; for an adapter it includes the parent's fingerprint."""
     if Path(path).is_dir():
-        state, adapter = model_state_dict(open_folder(path, "cpu")[0]), {}
+        state, adapter = model_state_dict(load_model(path, open_folder=open_folder)[0]), {}
     else:
         checkpoint = read_checkpoint(path)
         state = checkpoint["model"]
@@ -249,7 +232,7 @@ def record_parent(
     model: Transformer,
     parent: str | os.PathLike[str],
     adapter_path: str | os.PathLike[str],
-    open_folder: FolderLoader = reject_folder,
+    open_folder: FolderLoader | None = None,
 ) -> None:
     """Record the parent's file name and fingerprint in a model with a new adapter; they are saved with the adapter.
 
@@ -265,7 +248,7 @@ def open_adapter(
     adapter: dict[str, Any],
     state: dict[str, torch.Tensor],
     parent: str | os.PathLike[str] | None = None,
-    open_folder: FolderLoader = reject_folder,
+    open_folder: FolderLoader | None = None,
 ) -> Transformer:
     """The parent with the adapter attached, not merged (CPU, fp32). The parent may itself be an adapter.
 
@@ -276,30 +259,32 @@ def open_adapter(
     lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
     check_ranks(state, lora.rank, path)
     candidates = [Path(parent)] if parent else [Path(path).parent / name.name, name]
-    candidates = [
-        file_path for file_path in dict.fromkeys(candidates) if file_path.exists() and not file_path.samefile(path)
-    ]
+    candidates = [file for file in dict.fromkeys(candidates) if file.exists() and not file.samefile(path)]
     if not candidates:
         raise UserError(f"{path} is an adapter for {parent or name}, which is not there: put it beside the adapter")
-    found = {file_path: model_fingerprint(file_path, open_folder) for file_path in candidates}
-    if expected_fingerprint not in found.values():
-        others = ", ".join(f"{file_path} is {found_fingerprint}" for file_path, found_fingerprint in found.items())
+    found = {file: model_fingerprint(file, open_folder) for file in candidates}
+    parent = next((file for file in candidates if found[file] == expected_fingerprint), None)
+    if parent is None:
+        others = ", ".join(f"{file} is {fingerprint}" for file, fingerprint in found.items())
         raise UserError(
             f"{path} is an adapter for {name} with fingerprint {expected_fingerprint}, but {others}: "
             f"put the model that it was trained on beside it, or run `python {STAGE_SCRIPTS['lora_sft']}` again"
         )
-    model, _, _ = load_model(
-        next(file_path for file_path in candidates if found[file_path] == expected_fingerprint), open_folder=open_folder
-    )
+    model, _, _ = load_model(parent, open_folder=open_folder)
     attach(model, lora)
     load_state(model, state, path)
     return model
 
 
+def list_checkpoints(out_dir: str | os.PathLike[str], stage: str) -> list[Path]:
+    """The checkpoints of a stage in `out_dir`, sorted by name, without resume states of earlier versions."""
+    paths = Path(out_dir).glob(f"{stage}_[0-9]*.pth")
+    return sorted(path for path in paths if ".resume" not in path.name)
+
+
 def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
     """The checkpoint of a stage in `out_dir`. Raises UserError if there is none or more than one."""
-    suffixes = (f"{stage}_[0-9]*.pth",)
-    matches = sorted(path for suffix in suffixes for path in Path(out_dir).glob(suffix) if ".resume" not in path.name)
+    matches = list_checkpoints(out_dir, stage)
     if not matches:
         raise UserError(f"no {stage}_*.pth in {out_dir}: run `python {STAGE_SCRIPTS[stage]}` first, or name the file")
     if len(matches) > 1:
@@ -310,8 +295,15 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
 
 def find_parent(out_dir: str | os.PathLike[str], stage: str) -> Path:
     """The checkpoint that `stage` starts from by default. Raises UserError as `find_checkpoint` does."""
-    parent = PARENT_STAGES[stage][0]
-    for parent in PARENT_STAGES[stage]:
-        if list(Path(out_dir).glob(f"{parent}_[0-9]*.pth")):
-            break
-    return find_checkpoint(out_dir, parent)
+    parents = PARENT_STAGES[stage]
+    return find_checkpoint(out_dir, next((p for p in parents if list_checkpoints(out_dir, p)), parents[-1]))
+
+
+def trained_stages(out_dir: str | os.PathLike[str]) -> list[str]:
+    """The stages with a checkpoint in `out_dir`, in training order."""
+    return [stage for stage in PARENT_STAGES if list_checkpoints(out_dir, stage)]
+
+
+def latest_checkpoint(out_dir: str | os.PathLike[str]) -> Path:
+    """The checkpoint of the last stage that has one. Raises UserError if that stage has several, or none has one."""
+    return find_checkpoint(out_dir, (trained_stages(out_dir) or ["pretrain"])[-1])

@@ -53,7 +53,8 @@ def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     for key, check in KEY_CHECKS.items():
         if key in content and (problem := check(content[key])):
             raise UserError(f"{path}: {problem}: the file is damaged or foreign")
-    if state_bytes(content["model"]) > 2 * Path(path).stat().st_size:
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in content["model"].values())
+    if num_bytes > 2 * Path(path).stat().st_size:
         raise UserError(f"{path}: its tensors overlap in the file: the file is damaged or foreign")
     lineage = [escape_controls_in(entry) for entry in content.get("lineage") or []]
     return {**content, "config": ModelConfig(**content["config"]).to_dict(), "lineage": lineage}
@@ -105,10 +106,6 @@ def check_state_names(
         raise UserError(f"{path} does not fit the model: {shown}{more}")
 
 
-def state_bytes(state: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
 def stage_problem(stage: Any) -> str:
     return "" if isinstance(stage, str) and re.fullmatch(STAGE_PATTERN, stage) else "stage is not a name of a stage"
 
@@ -154,9 +151,8 @@ def tensor_problem(tensor: torch.Tensor) -> str:
         return f"on the device {tensor.device.type}"
     if tensor.is_nested or tensor.is_quantized:
         return "nested or quantised"
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return "expanded: it has more elements than the file"
-    return ""
+    is_expanded = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return "expanded: it has more elements than the file" if is_expanded else ""
 
 
 def lineage_problem(lineage: Any) -> str:
@@ -166,14 +162,10 @@ def lineage_problem(lineage: Any) -> str:
         return "lineage is not a list of entries"
     if not all(is_json_value(entry) for entry in lineage):
         return "lineage holds more than texts, numbers and lists"
-    return next(filter(None, map(entry_problem, lineage)), "")
-
-
-def entry_problem(entry: dict[str, Any]) -> str:
-    """Checks the types of known fields. Unknown fields are allowed: later versions may add some."""
-    for name, types in LINEAGE_FIELD_TYPES.items():
-        if name in entry and not isinstance(entry[name], (*types, type(None))):
-            return f"lineage: {name} is not {' or '.join(kind.__name__ for kind in types)}"
+    for entry in lineage:  # unknown fields are allowed: later versions may add some
+        for name, types in LINEAGE_FIELD_TYPES.items():
+            if not isinstance(entry.get(name), (*types, type(None))):
+                return f"lineage: {name} is not {' or '.join(kind.__name__ for kind in types)}"
     return ""
 
 
@@ -186,10 +178,6 @@ def adapter_problem(adapter: Any) -> str:
         return f"written by another version of this project ({error!s:.300})"
     wrong = [name for name in ("parent", "parent_fingerprint") if not is_file_name(adapter.get(name))]
     return f"adapter.{wrong[0]} is not a name" if wrong else ""
-
-
-def license_problem(license: Any) -> str:
-    return "" if license is None or is_file_name(license) else "license is not a name"
 
 
 def is_file_name(value: Any) -> bool:
@@ -231,5 +219,5 @@ KEY_CHECKS = {
     "model": state_problem,
     "lineage": lineage_problem,
     "adapter": adapter_problem,
-    "license": license_problem,
+    "license": lambda name: "" if name is None or is_file_name(name) else "license is not a name",
 }

@@ -33,14 +33,6 @@ class Completion:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class Slot:
-    """One row of the KV cache, and the input token of its next decode step."""
-
-    sequence: "Sequence"
-    last_token: int
-
-
 class Sequence:
     """One prompt, its sampling settings, and the state of its generation."""
 
@@ -67,8 +59,8 @@ class Sequence:
         self.detokenizer = IncrementalDetokenizer(tokenizer, settings.stop)
         self.rng = random.Random(None if seed is None else seed + index)
         self.tokens_left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be generated
-        self.num_cached = 0  # number of cached tokens per slot
-        self.slots = [Slot(self, prompt[-1]) for _ in range(settings.num_beams)]  # one per beam
+        self.num_cached = 0  # number of cached tokens per beam
+        self.last_tokens = [prompt[-1]] * settings.num_beams  # the next input of each beam
         self.penalties: Penalties | None = None
         if settings.has_penalties:
             self.penalties = Penalties(settings, prompt, tokenizer.stop_ids, model.lm_head.weight)
@@ -81,7 +73,7 @@ class Sequence:
     def append(self, token: int, is_stop: bool) -> str:
         """Append a generated token; return the new text, "" while a character or stop string is incomplete."""
         self.tokens_left -= 1
-        self.slots[0].last_token = token
+        self.last_tokens[0] = token
         piece = ""
         if not is_stop:
             self.completion.ids.append(token)

@@ -10,26 +10,15 @@ import re
 
 from tokenizers import decoders
 
-from model.tokenizer import ChatTokenizer
-
-# Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+from model.tokenizer import ChatTokenizer, piece_bytes
 
 
 def token_bytes(tokenizer: ChatTokenizer, token_id: int) -> bytes:
     """The UTF-8 bytes of a token; a character may span several tokens."""
     piece = tokenizer.backend.id_to_token(token_id) or ""
     if isinstance(tokenizer.backend.decoder, decoders.ByteLevel):
-        return _piece_bytes(piece)
+        return piece_bytes(piece)
     return bytes([int(piece[3:5], 16)]) if _is_byte_piece(piece) else tokenizer.decode([token_id]).encode()
-
-
-def _piece_bytes(piece: str) -> bytes:
-    """The bytes of a byte-level piece, or the UTF-8 bytes of an added token, which is stored as plain text."""
-    is_byte_level = all(char in _BYTE_OF_CHARACTER for char in piece)
-    return bytes(_BYTE_OF_CHARACTER[char] for char in piece) if is_byte_level else piece.encode()
 
 
 def _is_byte_piece(piece: str) -> bool:
@@ -57,13 +46,11 @@ class IncrementalDetokenizer:
         """Add a token; returns the text that no later token can change, possibly ""."""
         piece = self.backend.id_to_token(token_id) or ""
         if self.byte_level:
-            return self._cut_at_stop(self.utf8.decode(_piece_bytes(piece)))
+            return self._cut_at_stop(self.utf8.decode(piece_bytes(piece)))
         self.pending_ids.append(token_id)
-        return (
-            ""
-            if _is_byte_piece(piece) or self._decode_pending().endswith("\ufffd")
-            else self._cut_at_stop(self._flush_pending())
-        )
+        if _is_byte_piece(piece) or self._decode_pending().endswith("\ufffd"):
+            return ""
+        return self._cut_at_stop(self._flush_pending())
 
     def completed_by(self, token_id: int) -> str:
         """The held-back text of byte tokens such as <0xE4> that this token would complete if it came next."""

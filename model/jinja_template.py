@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import CHAT_FORMAT_ADVICE, UserError
-from model.chat_template import Message, Span, TooManyAnswersError, TrainingSpans, UnsupportedChatError, trained_answers
+from model.chat_template import Message, SampleText, TooManyAnswersError, UnsupportedChatError, trained_answers
 
 MAX_CHAT_STEPS = 400_000  # over all renderings of a chat, two per answer
 MAX_EXCEEDED = 3  # the third chat that exceeds the limit raises UserError
@@ -40,10 +40,10 @@ class JinjaTemplate:
     def end_of_turn(self) -> str:
         """The special token that ends an answer; "" if the template does not support a chat of two messages."""
         try:
-            spans, _ = self.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}])[-1]
+            text, spans, _ = self.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}])[-1]
         except UserError:
             return ""
-        return next((self.markers.findall(text)[-1] for text, trained in spans if trained), "")
+        return self.markers.findall(text[slice(*spans[-1])])[-1]
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:
@@ -71,12 +71,10 @@ class JinjaTemplate:
 
         from model.template_sandbox import StepsExceeded
 
-        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
         environment, template = self._compiled
         try:
-            rendered: str = environment.render(
-                template, {**variables, "tools": None, "documents": None, **self.special_tokens}
-            )
+            rendered: str = environment.render(template, {**variables, "documents": None, **self.special_tokens})
             return rendered
         except StepsExceeded as bound:
             self._num_exceeded += 1
@@ -91,20 +89,17 @@ class JinjaTemplate:
                 f"the model's chat template {'refuses it: ' if is_raised_by_template else 'fails: '}{reason}"
             ) from None
 
-    def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
-        """The rendered chat as spans; with a generation prompt it is one span without loss."""
-        if add_generation_prompt:
-            return [(self.text(messages, True), False)]
-        return self.samples(messages)[-1][0]
-
-    def samples(self, messages: list[Message]) -> list[TrainingSpans]:
+    def samples(self, messages: list[Message], add_generation_prompt: bool = False) -> list[SampleText]:
         """The training samples, shortest first; the last is the whole chat. Each answer is trained in exactly one.
 
-        The time is quadratic in the number of answers; MAX_CHAT_STEPS allows about 150 of them.
-        Raises TooManyAnswersError for more, and UnsupportedChatError if the system message is missing from the text, or
-        an answer does not follow its generation prompt or does not end with a special token.
+        With `add_generation_prompt`: the prompt, which trains nothing. The time is quadratic in the number of answers;
+        MAX_CHAT_STEPS allows about 150 of them. Raises TooManyAnswersError for more, and UnsupportedChatError if the
+        system message is missing from the text, or an answer does not follow its generation prompt or does not end with
+        a special token.
         """
-        whole = self.text(messages)
+        whole = self.text(messages, add_generation_prompt)
+        if add_generation_prompt:
+            return [SampleText(whole, [], [])]
         answers = trained_answers(messages)
         steps = self._compiled[0].steps_taken * len(answers)  # estimate: two renderings of half the chat per answer
         if len(answers) > 1 and steps > MAX_CHAT_STEPS:
@@ -113,7 +108,7 @@ class JinjaTemplate:
             )
         if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:
             raise UnsupportedChatError("the model's chat template leaves out the system message")
-        samples_found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(whole, [], [])]
+        samples = [SampleText(whole, [], [])]  # longest first
         for i in reversed(answers):
             prompt = self.text(messages[:i], True)
             answered = self.text(messages[: i + 1]) if i + 1 < len(messages) else whole
@@ -124,18 +119,8 @@ class JinjaTemplate:
             marker_ends = [match.end() for match in self.markers.finditer(answered, len(prompt))]
             if not marker_ends:
                 raise UnsupportedChatError("the model's chat template ends answers with no control token")
-            if not samples_found[-1][0].startswith(answered):
-                samples_found.append((answered, [], []))
-            _, answer_spans, trained = samples_found[-1]
-            answer_spans.insert(0, (len(prompt), marker_ends[-1]))
-            trained.insert(0, i)
-        return [(_spans(text, answer_spans), trained) for text, answer_spans, trained in reversed(samples_found)]
-
-
-def _spans(text: str, answers: list[tuple[int, int]]) -> list[Span]:
-    """The text split at its answers, given as (start, end)."""
-    spans, position = [], 0
-    for start, end in answers:
-        spans += [(text[position:start], False), (text[start:end], True)]
-        position = end
-    return [*spans, (text[position:], False)]
+            if not samples[-1].text.startswith(answered):
+                samples.append(SampleText(answered, [], []))
+            samples[-1].spans.insert(0, (len(prompt), marker_ends[-1]))
+            samples[-1].answers.insert(0, i)
+        return samples[::-1]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import require
 from model.transformer import Transformer
 
 
@@ -31,16 +31,13 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if isinstance(self.targets, tuple):  # a list, so that a config read from a file is equal
             object.__setattr__(self, "targets", list(self.targets))
-        for problem, right in {
-            "rank must be a whole number from 1 to 65536": type(self.rank) is int and 1 <= self.rank <= 65536,
-            "alpha must be in (0, 1e6]": type(self.alpha) in (int, float) and 0 < self.alpha <= 1e6,
-            "dropout must be in [0, 1)": type(self.dropout) in (int, float) and 0 <= self.dropout < 1,
-            "targets must be names": type(self.targets) in (tuple, list)
-            and bool(self.targets)
-            and all(type(name) is str for name in self.targets),
-        }.items():
-            if not right:
-                raise UserError(f"LoRA: {problem} (got {str(self.to_dict())[:200]})")
+        got, numbers = f"(got {str(self.to_dict())[:200]})", (int, float)
+        is_rank = type(self.rank) is int and 1 <= self.rank <= 65536
+        require(is_rank, f"LoRA: rank must be a whole number from 1 to 65536 {got}")
+        require(type(self.alpha) in numbers and 0 < self.alpha <= 1e6, f"LoRA: alpha must be in (0, 1e6] {got}")
+        require(type(self.dropout) in numbers and 0 <= self.dropout < 1, f"LoRA: dropout must be in [0, 1) {got}")
+        are_names = type(self.targets) is list and self.targets and all(type(name) is str for name in self.targets)
+        require(are_names, f"LoRA: targets must be names {got}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,16 +92,12 @@ def attach(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     shared_experts. The router is never a target.
     Raises UserError if a target does not exist or the model already has an adapter.
     """
-    if model.adapter:
-        raise UserError("the model already has an adapter: merge it before attaching another one")
+    require(not model.adapter, "the model already has an adapter: merge it before attaching another one")
     layer_modules = ((name, module) for name, module in model.named_modules() if ".layers." in name)
     matrices = {name: m for name, m in layer_modules if isinstance(m, nn.Linear) and not name.endswith(".mlp.gate")}
     available, requested = set().union(*map(target_names, matrices)), set(config.targets)
-    if requested - available:
-        raise UserError(
-            f"unknown LoRA targets {', '.join(sorted(requested - available))}: "
-            f"choose from {', '.join(sorted(available))}"
-        )
+    unknown, choices = ", ".join(sorted(requested - available)), ", ".join(sorted(available))
+    require(not unknown, f"unknown LoRA targets {unknown}: choose from {choices}")
     model.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for name, linear in matrices.items():
@@ -127,8 +120,7 @@ def merge(model: Transformer) -> None:
 
     Raises UserError if the model has no adapter.
     """
-    if not model.adapter:
-        raise UserError("the model has no adapter to merge: it was merged already or never attached")
+    require(model.adapter, "the model has no adapter to merge: it was merged already or never attached")
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.merged_linear().train(layer.training))
     model.adapter = {}

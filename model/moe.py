@@ -54,13 +54,11 @@ class MoEFeedForward(nn.Module):
     def compute_aux_loss(self, probabilities: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
         """E * sum_i f_i P_i. probabilities (n, experts), chosen (n, k), token_mask (batch, seq) or None -> scalar."""
         n_experts = probabilities.shape[-1]
-        weights_of_tokens = (
-            torch.ones_like(probabilities[:, 0])
-            if token_mask is None
-            else token_mask.reshape(-1).to(probabilities.dtype)
-        )
-        n = weights_of_tokens.sum().clamp(min=1)
+        counted = torch.ones_like(probabilities[:, :1])  # (n, 1)
+        if token_mask is not None:
+            counted = token_mask.reshape(-1, 1).to(probabilities.dtype)
+        n = counted.sum().clamp(min=1)
         assignments = F.one_hot(chosen, n_experts).sum(1).to(probabilities.dtype)  # (n, experts)
-        assignment_fraction = (assignments * weights_of_tokens[:, None]).sum(0) / (n * self.n_active)
-        mean_probability = (probabilities * weights_of_tokens[:, None]).sum(0) / n
+        assignment_fraction = (assignments * counted).sum(0) / (n * self.n_active)
+        mean_probability = (probabilities * counted).sum(0) / n
         return n_experts * (assignment_fraction * mean_probability).sum()

@@ -39,9 +39,7 @@ def has_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
         if at_end:
             if len(is_equal) >= min_matches and all(is_equal[-min_matches:]):
                 return True
-        elif (
-            max((sum(1 for _ in run) for equal, run in itertools.groupby(is_equal) if equal), default=0) >= min_matches
-        ):
+        elif any(equal and sum(1 for _ in run) >= min_matches for equal, run in itertools.groupby(is_equal)):
             return True
     return False
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import require
 from model.config import ModelConfig
 from model.rope_flags import check_rope_factor
 
@@ -98,18 +98,18 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies, factor)
 
 
-def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions (seq,) or (batch, seq) and `lengths` () or (batch,), each ([batch,] seq, head_dim).
+def dynamic_rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions (..., seq) that end at the last token of a sequence, each (..., seq, head_dim).
 
     theta' = theta * (factor * n / original - factor + 1)^(head_dim / (head_dim - 2)), n = max(length, original).
     """
     dim, factor = config.head_dim, config.rope_scaling["factor"]
     original = config.rope_scaling["original_max_position_embeddings"]
+    lengths = positions[..., -1:] + 1
     growth = factor * lengths.clamp(min=original) / original - (factor - 1)
     theta = config.rope_theta * growth ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    frequencies = 1.0 / theta[..., None] ** exponents  # (head_dim / 2,) or (batch, head_dim / 2)
-    return _cos_sin(positions, frequencies[:, None] if frequencies.dim() == 2 else frequencies)
+    return _cos_sin(positions, 1.0 / theta[..., None] ** exponents)  # frequencies (..., 1, head_dim / 2)
 
 
 def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -130,10 +130,8 @@ def extend_context(config: ModelConfig, kind: str, factor: float) -> ModelConfig
     Raises UserError if the factor is out of range or the config already has RoPE scaling.
     """
     check_rope_factor(factor)
-    if config.rope_scaling:
-        raise UserError(
-            f"--rope_scaling: the model already has RoPE scaling ({rope_summary(config)}): leave out the flag"
-        )
+    problem = f"--rope_scaling: the model already has RoPE scaling ({rope_summary(config)}): leave out the flag"
+    require(not config.rope_scaling, problem)
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}
     return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=int(factor * config.max_seq_len))
 

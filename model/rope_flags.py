@@ -6,8 +6,10 @@ Read next: rope.py (the formulas).
 """
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
+from common.cli import Config, flag
 from common.errors import UserError
 from common.flag_types import NumberType
 
@@ -17,6 +19,30 @@ _ROPE_FACTOR = NumberType(
     float, f"a number above 1 and at most {MAX_ROPE_FACTOR}", lambda factor: 1 < factor <= MAX_ROPE_FACTOR
 )
 RopeScaling = tuple[str, float]  # kind, factor
+
+
+@dataclass(frozen=True)
+class RopeFlags(Config):
+    """RoPE scaling of a loaded model."""
+
+    rope_scaling: str | None = flag(None, "RoPE scaling for contexts longer than in training", choices=ROPE_KINDS)
+    rope_factor: float | None = flag(
+        None,
+        "with --rope_scaling: context length as a multiple of max_seq_len in training",
+        type=_ROPE_FACTOR,
+        metavar="N",
+    )
+
+    def check(self) -> None:
+        """Raises UserError for one flag without the other."""
+        super().check()
+        if (self.rope_scaling is None) != (self.rope_factor is None):
+            raise UserError("--rope_scaling KIND and --rope_factor N: give both or neither")
+
+    @property
+    def rope(self) -> RopeScaling | None:
+        """(kind, factor), or None without the flags."""
+        return (self.rope_scaling, self.rope_factor) if self.rope_scaling and self.rope_factor else None
 
 
 def add_rope_flags(parser: Any) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.errors import require
+
 MAX_LOGPROBS = 20  # alternatives reported per token
 MAX_BEAMS = 8  # each beam takes one row of the KV cache
 
@@ -40,6 +42,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for prompt tokens; max_new_tokens may then be 0
 
     def __post_init__(self) -> None:
+        has_beams, alternatives = self.num_beams > 1, f"from 0 to {MAX_LOGPROBS}"
         for name, is_valid, rule in (
             ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -51,19 +54,14 @@ class SamplingParams:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0"),
             ("num_beams", 1 <= self.num_beams <= MAX_BEAMS, f"from 1 to {MAX_BEAMS}"),
             ("length_penalty", -10 <= self.length_penalty <= 10, "from -10 to 10"),
-            ("temperature", self.num_beams == 1 or self.temperature == 0, "0 with num_beams above 1"),
-            ("logprobs", self.num_beams == 1 or self.logprobs is None, "left out with num_beams above 1"),
+            ("temperature", not has_beams or self.temperature == 0, "0 with num_beams above 1"),
+            ("logprobs", not has_beams or self.logprobs is None, "left out with num_beams above 1"),
             ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), "at least 1"),
             ("stop", all(self.stop), "strings that are not empty"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
-                f"from 0 to {MAX_LOGPROBS}",
-            ),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_LOGPROBS, alternatives),
+            ("prompt_logprobs", 0 <= (self.prompt_logprobs or 0) <= MAX_LOGPROBS, alternatives),
         ):
-            if not is_valid:
-                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+            require(is_valid, f"{name} must be {rule}, not {getattr(self, name)}", ValueError)
 
     @property
     def needs_counts(self) -> bool:

@@ -8,42 +8,52 @@ files. The mask is built from the spans of the messages, not by searching the id
 message are encoded as ordinary text.
 The folder format is that of `transformers.AutoTokenizer`: tokenizer.json and tokenizer_config.json. Folders of other
 models open too (../export/hf_import.py).
-Read next: chat_template.py (the formats), render.py (ids and masks), transformer.py.
+Read next: chat_template.py (formats, ids and masks), transformer.py.
 """
 
-import hashlib
 import json
 import os
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from common.errors import CHAT_FORMAT_ADVICE, UserError, escape_controls
-from common.files import remove, replace_folder, temporary_path, write_error, write_text
-from model.chat_template import END_OF_TEXT, IM_END, IM_START, ChatTemplate, Message, find_chat_template
+from model.chat_template import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    ChatFormat,
+    ChatTemplate,
+    Message,
+    RenderedChat,
+    Renderer,
+    find_chat_template,
+)
 from model.jinja_template import JinjaTemplate
-from model.render import RenderedChat, render_chats, render_unfinished
-from model.tokenizer_files import open_backend, read_chat_template, read_settings
+from model.tokenizer_files import (
+    LEGACY_TEMPLATE,
+    PAD_TOKEN,
+    TOKENIZER_FILES,
+    open_backend,
+    read_chat_template,
+    read_settings,
+    read_special_token,
+    sha256_hex,
+    tokenizer_files,
+    write_tokenizer_files,
+)
 
-PAD_TOKEN = "<|pad|>"  # no password  # nosec B105
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
 SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
-LEGACY_TEMPLATE = (  # in tokenizer files of earlier versions, which have no chat_format field
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",  # transformers >= 4.50 stores the template here
-    "generation_config.json",  # of imported models: eos_token_id
-)
+
+
+# Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class ChatTokenizer:
@@ -58,21 +68,10 @@ class ChatTokenizer:
         # Otherwise the text "<|im_end|>" in a message would be encoded as the control token.
         self.backend.encode_special_tokens = True
         self.config = read_settings(files, "tokenizer_config.json")
-        self.eos = self._special_token("eos_token") or END_OF_TEXT
+        self.eos = read_special_token(files, "eos_token") or END_OF_TEXT
         self.eos_id = self._token_id(self.eos)
-        self.pad_id = self._token_id(self._special_token("pad_token") or self.eos)
+        self.pad_id = self._token_id(read_special_token(files, "pad_token") or self.eos)
         self.format = self._find_format()
-        if isinstance(self.format, ChatTemplate) and (self.config.get("chat_format") or not self._template):
-            self._write_format(self.format)  # replaces an outdated template; base models have none
-
-    def _special_token(self, name: str) -> str | None:
-        """The string of bos_token, eos_token, …: from tokenizer_config.json, else from special_tokens_map.json."""
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = read_settings(self.files, file).get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and token:
-                return token
-        return None
 
     def _token_id(self, token: str) -> int:
         try:
@@ -86,24 +85,28 @@ class ChatTokenizer:
             )
         return index
 
-    @property
-    def _template(self) -> str:
-        return read_chat_template(self.files, self.config)
-
-    def _find_format(self) -> ChatTemplate | JinjaTemplate | None:
+    def _find_format(self) -> ChatFormat | None:
         """The named format, else the jinja template of an imported model, else None."""
-        template = self._template
-        name = self.config.get("chat_format")
-        if (
-            not name
-            and (not template or template == LEGACY_TEMPLATE)
-            and self.backend.token_to_id(IM_START) is not None
-        ):
-            name = "chatml"  # files of earlier versions have no chat_format field
-        if name:
-            return find_chat_template(escape_controls(str(name))[:60], self.eos)
-        special = {key: self._special_token(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return JinjaTemplate(template, special, self._markers) if template else None
+        template, name = read_chat_template(self.files, self.config), self.config.get("chat_format")
+        # Files of earlier versions have no chat_format field.
+        is_legacy = template in ("", LEGACY_TEMPLATE) and self.backend.token_to_id(IM_START) is not None
+        if name or is_legacy:
+            named = find_chat_template(escape_controls(str(name or "chatml"))[:60], self.eos)
+            if name or not template:  # replaces an outdated template; base models have none
+                self._write_template(named)
+            return named
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special_tokens = {name: read_special_token(self.files, name) or "" for name in names}
+        return JinjaTemplate(template, special_tokens, self._markers) if template else None
+
+    def _write_template(self, chat_format: ChatTemplate) -> None:
+        """Store the format's jinja template in the files, for transformers."""
+        template = chat_format.template
+        if self.config.get("chat_template") == template and "chat_template.jinja" not in self.files:
+            return
+        self.config = {**self.config, "chat_template": template, "chat_format": chat_format.name}
+        self.files = {**self.files, "tokenizer_config.json": json.dumps(self.config, ensure_ascii=False, indent=2)}
+        self.files.pop("chat_template.jinja", None)
 
     def with_chat_format(self, name: str | None) -> "ChatTokenizer":
         """A tokenizer with the same vocabulary and the named chat format; `name` None returns self.
@@ -119,22 +122,10 @@ class ChatTokenizer:
         renamed = json.dumps({**self.config, "chat_format": name}, ensure_ascii=False, indent=2)
         return ChatTokenizer({**self.files, "tokenizer_config.json": renamed})
 
-    def _write_format(self, template: ChatTemplate) -> None:
-        """Store the format's jinja template in the files, for transformers."""
-        if self.config.get("chat_template") == template.template and "chat_template.jinja" not in self.files:
-            return
-        self.config = {**self.config, "chat_template": template.template, "chat_format": template.name}
-        self.files = {**self.files, "tokenizer_config.json": json.dumps(self.config, ensure_ascii=False, indent=2)}
-        self.files.pop("chat_template.jinja", None)
-
     @cached_property
     def vocab_size(self) -> int:
         """The largest id plus 1. Tokenizers of other models may have gaps in their ids."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-
-    @property
-    def im_start_id(self) -> int:
-        return self._token_id(IM_START)
 
     @property
     def im_end_id(self) -> int:
@@ -161,7 +152,7 @@ class ChatTokenizer:
         return f"{self.fingerprint}-{self.format_name}{revision}"
 
     @property
-    def chat_format(self) -> ChatTemplate | JinjaTemplate:
+    def chat_format(self) -> ChatFormat:
         """The chat format. Raises UserError if the tokenizer has none."""
         if self.format is None:
             raise UserError(f"this tokenizer has no chat template: {CHAT_FORMAT_ADVICE}")
@@ -223,14 +214,14 @@ class ChatTokenizer:
         return lengths
 
     @cached_property
-    def _special_aware(self) -> Tokenizer:
-        """A backend that encodes marker strings as control tokens, for rendered chats."""
-        return open_backend(self.files)
-
-    @cached_property
     def _markers(self) -> re.Pattern[str]:
         tokens = sorted((self.backend.id_to_token(i) or "" for i in self.special_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Its backend encodes marker strings as control tokens. Raises UserError if the tokenizer has no format."""
+        return Renderer(open_backend(self.files), self._markers, self.chat_format)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a chat and its loss mask, two lists of equal length: 1 at answers and their end-of-turn tokens.
@@ -241,7 +232,19 @@ class ChatTokenizer:
         mask 0 too; `render_each` returns a sample for each of them.
         Raises UserError if the format does not support these messages.
         """
-        return self.render_batch([messages], add_generation_prompt)[0]
+        (chat,) = self.render_each([messages], add_generation_prompt)
+        if chat.refusal:
+            raise UserError(f"{chat.refusal}; {CHAT_FORMAT_ADVICE}")
+        return chat.samples[-1].ids, chat.samples[-1].mask
+
+    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[RenderedChat]:
+        """The training samples of each chat, tokenized in parallel. The last one is the whole chat, as in `render`.
+
+        A chat has several samples if the template rewrites an answer once turns follow (jinja_template.py): each ends
+        at an answer, and every answer is trained in exactly one. A chat that the format does not support has no sample
+        and a `refusal`. Raises UserError if the format supports no chat at all.
+        """
+        return self.renderer.render(chats, add_generation_prompt)
 
     def render_unfinished(self, messages: list[Message]) -> list[int]:
         """Token ids of a chat whose last message is a partial answer, without the text after an answer.
@@ -249,71 +252,17 @@ class ChatTokenizer:
         The same as `continue_final_message` of transformers. Raises UserError if the format does not support these
         messages or omits the last one.
         """
-        return render_unfinished(self._special_aware, self.chat_format, self._markers, messages)
-
-    def render_batch(
-        self, chats: list[list[Message]], add_generation_prompt: bool = False
-    ) -> list[tuple[list[int], list[int]]]:
-        """`render` for several chats, tokenized in parallel."""
-        rendered = self.render_each(chats, add_generation_prompt)
-        for chat in rendered:
-            if chat.refusal:
-                raise UserError(f"{chat.refusal}; {CHAT_FORMAT_ADVICE}")
-        return [(chat.samples[-1].ids, chat.samples[-1].mask) for chat in rendered]
-
-    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[RenderedChat]:
-        """The training samples of each chat. The last sample is the whole chat, as `render` returns it.
-
-        A chat has several samples if the template rewrites an answer once turns follow (jinja_template.py): each ends
-        at an answer, and every answer is trained in exactly one. A chat that the format does not support has no sample
-        and a `refusal`. Raises UserError if the format supports no chat at all.
-        """
-        return render_chats(self._special_aware, self.chat_format, self._markers, chats, add_generation_prompt)
+        return self.renderer.render_unfinished(messages)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files to a folder. A folder that holds only tokenizer files is replaced atomically.
-
-        In a folder with other files (an exported model) each file is replaced separately. Raises UserError if the
-        folder cannot be written.
-        """
-        target_folder = Path(folder).resolve()
-        if target_folder.exists() and not target_folder.is_dir():
-            raise UserError(f"cannot write {target_folder}: it is a file: name a folder")
-        try:
-            existing = {path.name for path in target_folder.iterdir()} if target_folder.is_dir() else set()
-            replaces_folder = existing <= self.files.keys() and not target_folder.is_mount()
-            target = temporary_path(target_folder, "tmp") if replaces_folder else target_folder
-            for name, text in self.files.items():
-                write_text(target / name, text)
-            if replaces_folder:
-                replace_folder(target, target_folder)
-        except OSError as error:
-            raise write_error(target_folder, error) from error
-        finally:
-            remove(temporary_path(target_folder, "tmp"))
+        """Write the files to a folder; see `write_tokenizer_files`."""
+        write_tokenizer_files(self.files, folder)
 
 
-def sha256_hex(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str, str]:
-    """The files of a tokenizer folder, {name: text}, for a trained `tokenizers.Tokenizer`."""
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
-        "eos_token": END_OF_TEXT,
-        "pad_token": PAD_TOKEN,
-        "model_max_length": 1_000_000,  # the model's config states the real limit
-        "clean_up_tokenization_spaces": False,
-        "chat_template": find_chat_template(chat_format).template,
-        "chat_format": chat_format,
-    }
-    specials = {"eos_token": END_OF_TEXT, "pad_token": PAD_TOKEN}
-    return {
-        "tokenizer.json": backend.to_str(pretty=False),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
-        "special_tokens_map.json": json.dumps(specials, indent=2),
-    }
+def piece_bytes(piece: str) -> bytes:
+    """The bytes of a byte-level piece, or the UTF-8 bytes of an added token, which is stored as plain text."""
+    is_byte_level = all(char in BYTE_OF_CHARACTER for char in piece)
+    return bytes(BYTE_OF_CHARACTER[char] for char in piece) if is_byte_level else piece.encode()
 
 
 def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_format: str = "chatml") -> ChatTokenizer:

@@ -1,24 +1,42 @@
-"""Reading the files of a tokenizer: every one may be damaged, foreign, or written to break this program.
+"""The files of a tokenizer folder: read and validate, create, write.
 
-    open_backend(files)                   tokenizer.json as a tokenizers.Tokenizer
-    read_settings(files, name)            the JSON object in one of the other files, {} where it is not there
-    read_chat_template(files, settings)        the chat template, "" where there is none
+    tokenizer.json            vocabulary, merges and special tokens        -> open_backend
+    tokenizer_config.json     eos_token, pad_token, chat_template, …       -> read_settings, read_chat_template
 
-Each raises UserError naming the file. Read next: tokenizer.py.
+The files may be damaged, foreign or malicious: every reader raises a UserError that names the file.
+Read next: tokenizer.py.
 """
 
+import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from common.errors import UserError, escape_controls
+from common.files import remove, replace_folder, temporary_path, write_error, write_text
+from model.chat_template import END_OF_TEXT, find_chat_template
 
-MAX_VOCAB_SIZE = 2**24  # of a vocabulary: a table with a row per id is made of it
+PAD_TOKEN = "<|pad|>"  # no password  # nosec B105
+MAX_VOCAB_SIZE = 2**24  # ids; tables with one row per id are allocated
+LEGACY_TEMPLATE = (  # in tokenizer files of earlier versions, which have no chat_format field
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",  # transformers >= 4.50 stores the template here
+    "generation_config.json",  # of imported models: eos_token_id
+)
 
 
 def open_backend(files: dict[str, str]) -> Tokenizer:
-    """tokenizer.json without its padding and truncation, which a foreign file may ask for."""
+    """tokenizer.json as a tokenizers.Tokenizer, without padding and truncation, which a foreign file may set."""
     try:
         backend = Tokenizer.from_str(files["tokenizer.json"])
         backend.no_padding()
@@ -32,6 +50,7 @@ def open_backend(files: dict[str, str]) -> Tokenizer:
 
 
 def read_settings(files: dict[str, str], name: str) -> dict[str, Any]:
+    """The JSON object in one of the other files; {} if there is no such file."""
     try:
         content = json.loads(files.get(name, "{}"))
     except (ValueError, RecursionError) as error:
@@ -41,8 +60,18 @@ def read_settings(files: dict[str, str], name: str) -> dict[str, Any]:
     return content
 
 
+def read_special_token(files: dict[str, str], name: str) -> str | None:
+    """The string of bos_token, eos_token, …: from tokenizer_config.json, else from special_tokens_map.json."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_settings(files, file).get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token:
+            return token
+    return None
+
+
 def read_chat_template(files: dict[str, str], settings: dict[str, Any]) -> str:
-    """From chat_template.jinja, else from tokenizer_config.json: a text, or the default of a list of them."""
+    """The template in chat_template.jinja, else in tokenizer_config.json (a text, or a list with a default); or ""."""
     template = files.get("chat_template.jinja") or settings.get("chat_template")
     if isinstance(template, list):  # several with names, for tools and the like
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
@@ -50,3 +79,49 @@ def read_chat_template(files: dict[str, str], settings: dict[str, Any]) -> str:
     if not isinstance(template, (str, type(None))):
         raise UserError("tokenizer_config.json is damaged: chat_template is not text")
     return template or ""
+
+
+def sha256_hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str, str]:
+    """The files of a tokenizer folder, {name: text}, for a trained `tokenizers.Tokenizer`."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD_TOKEN,
+        "model_max_length": 1_000_000,  # the model's config states the real limit
+        "clean_up_tokenization_spaces": False,
+        "chat_template": find_chat_template(chat_format).template,
+        "chat_format": chat_format,
+    }
+    specials = {"eos_token": END_OF_TEXT, "pad_token": PAD_TOKEN}
+    return {
+        "tokenizer.json": backend.to_str(pretty=False),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+        "special_tokens_map.json": json.dumps(specials, indent=2),
+    }
+
+
+def write_tokenizer_files(files: dict[str, str], folder: str | os.PathLike[str]) -> None:
+    """Write {name: text} to a folder. A folder that holds only tokenizer files is replaced atomically.
+
+    In a folder with other files (an exported model) each file is replaced separately. Raises UserError if the
+    folder cannot be written.
+    """
+    target_folder = Path(folder).resolve()
+    if target_folder.exists() and not target_folder.is_dir():
+        raise UserError(f"cannot write {target_folder}: it is a file: name a folder")
+    try:
+        existing = {path.name for path in target_folder.iterdir()} if target_folder.is_dir() else set()
+        replaces_folder = existing <= files.keys() and not target_folder.is_mount()
+        target = temporary_path(target_folder, "tmp") if replaces_folder else target_folder
+        for name, text in files.items():
+            write_text(target / name, text)
+        if replaces_folder:
+            replace_folder(target, target_folder)
+    except OSError as error:
+        raise write_error(target_folder, error) from error
+    finally:
+        remove(temporary_path(target_folder, "tmp"))

@@ -12,6 +12,7 @@ Read next: rope.py, moe.py, generate.py (how the KV cache is used), ../trainer/l
 """
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -67,27 +68,25 @@ class KVCache:
         return view
 
     def positions(self, new: int) -> Tensor:
-        """Positions of the next `new` tokens: (new,), or (batch, new) where rows have different lengths."""
+        """Positions of the next `new` tokens: (new,), or (batch, 1, new) where rows have different lengths."""
         ahead = torch.arange(new, device=self.keys.device)
-        return self.length + ahead if self.lengths is None else self.lengths[:, None] + ahead
+        return self.length + ahead if self.lengths is None else self.lengths[:, None, None] + ahead
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (batch, kv_heads, new, head_dim) of one layer; returns all of the layer."""
         end = self.length + keys.shape[2]
-        if self.lengths is None:
-            self.keys[layer, :, :, self.length : end] = keys
-            self.values[layer, :, :, self.length : end] = values
-        else:
-            row = torch.arange(len(keys), device=keys.device)[:, None]
-            slot = self.positions(keys.shape[2])
-            self.keys[layer][row, :, slot] = keys.transpose(1, 2).to(self.keys.dtype)
-            self.values[layer][row, :, slot] = values.transpose(1, 2).to(self.values.dtype)
+        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if self.lengths is None:
+                kept[:, :, self.length : end] = new
+            else:
+                row = torch.arange(len(new), device=new.device)[:, None]
+                kept[row, :, self.positions(new.shape[2])[:, 0]] = new.transpose(1, 2).to(kept.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of row sources[i] to row targets[i]; reads all sources before writing."""
-        for tensor in (self.keys, self.values):
-            tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
+    def copy_rows(self, source: "KVCache", rows: list[int] | slice, targets: list[int] | slice, length: int) -> None:
+        """Copy the first `length` positions of row rows[i] of `source` (it may be this cache) to row targets[i]."""
+        for kept, other in ((self.keys, source.keys), (self.values, source.values)):
+            kept[:, targets, :, :length] = other[:, rows, :, :length]  # reads a list of rows before it writes
 
     def advance(self, new: int) -> None:
         """Add `new` to the lengths, after every layer has appended its keys and values."""
@@ -100,9 +99,9 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor 
     """softmax(q k^T / sqrt(head_dim) + mask) v in blocks of queries. No `mask`: causal, the last query sees all keys.
 
     q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys >= seq, head_dim); mask as in `Attention.forward`.
-    Returns the shape of q. On the CPU the backward of F.scaled_dot_product_attention takes a third of a training step
-    (head_dim 32), and its bf16 kernel is four times slower for one query. Here the query heads of a key head form one
-    matrix product, and a block of queries skips the keys after it.
+    Returns the shape of q. F.scaled_dot_product_attention is slower on the CPU: a third of a training step in backward
+    (head_dim 32), four times in bf16 for one query. Here the query heads of a key head form one matrix product, and a
+    block of queries skips the keys after it.
     """
     batch, heads, seq, head_dim = q.shape
     kv_heads, before = k.shape[1], k.shape[2] - seq  # cached keys, which every query sees
@@ -150,15 +149,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        q, k, v = q.to(v.dtype), k.to(v.dtype), v
+        q, k = q.to(v.dtype), k.to(v.dtype)
         dropout = self.config.dropout if self.training else 0.0
         if x.device.type == "cpu" and (mask is None or seq == 1):
             out = attention_cpu(q, k, v, dropout, mask)
         else:
             causal = mask is None and seq > 1
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=True
-            )
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=True)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -185,11 +182,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp: nn.Module
-        if config.use_moe:
-            self.mlp = MoEFeedForward(config, lambda: FeedForward(config.dim, config.hidden_dim))
-        else:
-            self.mlp = FeedForward(config.dim, config.hidden_dim)
+        make_mlp = functools.partial(FeedForward, config.dim, config.hidden_dim)
+        self.mlp = MoEFeedForward(config, make_mlp) if config.use_moe else make_mlp()
         self.use_moe = config.use_moe
         self.dropout = nn.Dropout(config.dropout)
 
@@ -218,6 +212,9 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The language model. `forward` returns hidden states (for the loss), `logits` returns logits."""
 
+    rope_cos: Tensor  # (max_seq_len, head_dim)
+    rope_sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -227,8 +224,6 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.activation_checkpointing = False  # recompute layers in backward: less memory, about 1/3 more time
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
         self.set_rope(config)
         self.init_weights()
 
@@ -246,47 +241,32 @@ class Transformer(nn.Module):
     def init_weights(self) -> None:
         """Normal(0, 0.02), divided by sqrt(2 n_layers) for o_proj and down_proj (GPT-2, 2.3); norms 1, biases 0."""
         for name, weight in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(weight)
-            elif weight.dim() < 2:
-                nn.init.ones_(weight)
+            if weight.dim() < 2:
+                nn.init.constant_(weight, 0.0 if name.endswith(".bias") else 1.0)
             else:
                 adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * self.config.n_layers) if adds_to_stream else 1))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        cache: KVCache | None = None,
-        padding: Tensor | None = None,
-        token_mask: Tensor | None = None,
+        self, input_ids: Tensor, cache: KVCache | None = None, token_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states after the final norm, (batch, seq, dim), and the balance loss of an MoE (scalar).
 
-        input_ids: (batch, seq) token ids.
+        input_ids: (batch, seq) token ids. Padding on the right needs no mask: attention is causal.
         cache: keys and values of earlier tokens; those of input_ids are appended.
-        padding: (batch,) *left* pad tokens per row, from the start of the cache; right padding needs no mask.
         token_mask: (batch, seq) bool, False at padding: excludes these tokens from the balance loss.
-        The balance loss is balance_loss_coef * mean over layers while an MoE trains, else 0; it is added to the loss of
-        every token. Raises ValueError if the tokens exceed max_seq_len or KVCache.max_len.
+        Balance loss, added to the loss of every token: balance_loss_coef * mean over layers while an MoE trains, else
+        0. Raises ValueError if the tokens exceed max_seq_len or KVCache.max_len.
         """
         start, seq = (cache.length if cache else 0), input_ids.shape[1]
         capacity = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
         if start + seq > capacity:
             raise ValueError(f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or cache.max_len)")
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
-        mask = None  # causal without a cache, or a single query: no mask tensor is needed
-        if padding is not None or (cache and cache.lengths is not None) or (start and seq > 1):
-            keys = torch.arange(start + seq, device=input_ids.device)
-            mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) if row lengths differ
-            if padding is not None:  # a pad token sees itself: softmax over no key is NaN
-                mask = mask & (keys >= padding[:, None, None]) | (keys == positions[:, None])
-                positions = (positions - padding[:, None]).clamp(min=0)
-            if mask.dim() == 3:
-                mask = mask[:, None]  # (batch, 1, seq, keys)
-        cos, sin = self._angles(positions, start + seq)  # (seq, head_dim) or (batch, seq, head_dim)
-        if positions.dim() == 2:
-            cos, sin = cos[:, None], sin[:, None]
+        mask = None  # causal from position 0, or one query that sees all keys
+        if cache and (cache.lengths is not None or (start and seq > 1)):
+            mask = torch.arange(start + seq, device=input_ids.device) <= positions[..., None]
+        cos, sin = self._angles(positions, start + seq)
 
         x = self.model.embed_tokens(input_ids)
         aux_loss = x.new_zeros(())
@@ -302,24 +282,20 @@ class Transformer(nn.Module):
         return self.model.norm(x), aux_loss * weight
 
     def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions (seq,) or (batch, seq) of sequences of up to `length` tokens: (..., head_dim)."""
+        """cos and sin at positions (..., seq) of sequences of up to `length` tokens, each (..., seq, head_dim)."""
         scaling = self.config.rope_scaling
         if scaling.get("rope_type") != "dynamic" or length <= scaling["original_max_position_embeddings"]:
             return self.rope_cos[positions], self.rope_sin[positions]
-        lengths = positions.amax(-1) + 1 if positions.dim() == 2 else positions.new_full((), length)
-        cos, sin = dynamic_rope(self.config, positions, lengths)
+        cos, sin = dynamic_rope(self.config, positions)
         return cos.to(self.rope_cos.dtype), sin.to(self.rope_sin.dtype)
 
-    def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+    def logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at each position, (batch, seq, vocab); arguments as in `forward`."""
-        logits: Tensor = self.lm_head(self(input_ids, cache, padding)[0])
+        logits: Tensor = self.lm_head(self(input_ids, cache)[0])
         return logits
 
     def count_parameters(self) -> tuple[int, int]:
         """(total, active per token). In an MoE the experts that the router does not select are inactive."""
-        total = sum(p.numel() for p in self.parameters())
-        if not self.config.use_moe:
-            return total, total
-        expert = 3 * self.config.dim * self.config.hidden_dim
-        idle = self.config.n_routed_experts - self.config.n_active_experts
-        return total, total - self.config.n_layers * idle * expert
+        total, config = sum(p.numel() for p in self.parameters()), self.config
+        idle_experts = config.n_routed_experts - config.n_active_experts if config.use_moe else 0
+        return total, total - config.n_layers * idle_experts * 3 * config.dim * config.hidden_dim

@@ -22,8 +22,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.limits import ServerLimits
-from serving.middleware import error_body
+from serving.config import ServeConfig
+from serving.errors import error_body
 
 MAX_HEADER_BYTES = 2**14
 HEADER_SLICE_BYTES = 2**12  # bytes given to the parser at once: h11 checks the bound only while headers are incomplete
@@ -54,7 +54,7 @@ class BoundedConnection(h11.Connection):
 class BoundedProtocol(H11Protocol):
     """One connection. `make_server` sets `limits` and `open_connections`, the set of all connections of the server."""
 
-    limits: ServerLimits
+    limits: ServeConfig
     open_connections: set["BoundedProtocol"]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -165,17 +165,18 @@ class BoundedProtocol(H11Protocol):
         return bool(self.phase) or self.read_deadline is not None
 
 
-def make_server(app: Any, limits: ServerLimits) -> uvicorn.Server:
+def make_server(app: Any, config: ServeConfig) -> uvicorn.Server:
     """Return a uvicorn server with these limits. It logs errors only: uvicorn warns about each malformed request."""
-    protocol = type("LimitedProtocol", (BoundedProtocol,), {"limits": limits, "open_connections": set()})
-    config = uvicorn.Config(
-        app,
-        http=protocol,
-        ws="none",
-        log_level="error",
-        access_log=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=3,
+    protocol = type("LimitedProtocol", (BoundedProtocol,), {"limits": config, "open_connections": set()})
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=3,
+        )
     )
-    return uvicorn.Server(config)

@@ -80,7 +80,7 @@ class EmbeddingList(BaseModel):
 
 
 class EmbeddingJob:
-    """Inputs (token ids) and the vectors computed so far, each of shape `(dim,)`. An `EngineJob` of scheduler.py."""
+    """Inputs (token ids) and the vectors computed so far, each of shape `(dim,)`. A `Job` of scheduler.py."""
 
     def __init__(self, inputs: list[list[int]]) -> None:
         self.inputs = inputs
@@ -116,29 +116,32 @@ def embedding_batches(inputs: list[list[int]]) -> Iterator[list[int]]:
     yield batch
 
 
-def make_embedding_job(body: EmbeddingRequest, served: ServedModel) -> EmbeddingJob:
-    """Check and tokenise the inputs. Raises ApiError 400 if an input is too long or has unknown ids."""
-    given: Any = body.input
-    inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    token_ids = []
-    for i, text_or_ids in enumerate(inputs):
-        try:
-            token_ids.append(served.text_ids(text_or_ids, with_answer=False))
-        except PromptTooLong as error:
-            raise ApiError(400, f"input {i}: {error}", "input", "context_length_exceeded") from None
-        except ValueError as error:
-            raise ApiError(400, f"input {i}: {error}", "input") from None
-    return EmbeddingJob(token_ids)
+class EmbeddingResponse:
+    """The response of one HTTP request, once its job has run. Raises ApiError 400 for an input that is too long."""
 
+    def __init__(self, served: ServedModel, headers: dict[str, str], body: EmbeddingRequest) -> None:
+        given: Any = body.input
+        inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        token_ids = []
+        for i, text_or_ids in enumerate(inputs):
+            try:
+                token_ids.append(served.text_ids(text_or_ids, with_answer=False))
+            except PromptTooLong as error:
+                raise ApiError(400, f"input {i}: {error}", "input", "context_length_exceeded") from None
+            except ValueError as error:  # unknown ids
+                raise ApiError(400, f"input {i}: {error}", "input") from None
+        self.served, self.headers, self.as_base64 = served, headers, body.encoding_format == "base64"
+        self.job = EmbeddingJob(token_ids)
+        self.work = [self.job]
 
-def embedding_json(body: EmbeddingRequest, served: ServedModel, job: EmbeddingJob) -> str:
-    """The JSON response of a finished job."""
-    tokens = sum(map(len, job.inputs))
-    as_base64 = body.encoding_format == "base64"
-    vectors = [job.vectors[i] for i in range(len(job.inputs))]
-    data = [Embedding(index=i, embedding=encode_base64(v) if as_base64 else v.tolist()) for i, v in enumerate(vectors)]
-    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
-    return EmbeddingList(data=data, model=served.name, usage=usage).model_dump_json()
+    def body(self) -> str:
+        tokens = sum(map(len, self.job.inputs))
+        data = []
+        for i in range(len(self.job.inputs)):
+            vector = self.job.vectors[i]
+            data.append(Embedding(index=i, embedding=encode_base64(vector) if self.as_base64 else vector.tolist()))
+        usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+        return EmbeddingList(data=data, model=self.served.name, usage=usage).model_dump_json()
 
 
 def encode_base64(vector: torch.Tensor) -> str:

@@ -3,7 +3,7 @@
     chat:  the messages in the model's chat format; if they are too long, the oldest turns are dropped
     text:  the prompt unchanged; if it is too long, PromptTooLong with both lengths
 
-Called by service.py. Read next: ../model/tokenizer.py (rendering a chat), scheduler.py (decoding).
+Called by requests.py and service.py. Read next: ../evaluation/chat_model.py (ChatModel), ../model/tokenizer.py (rendering a chat), scheduler.py (decoding).
 """
 
 import dataclasses
@@ -13,18 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import UserError
-from export.hf_import import open_model
+from evaluation.chat_model import ChatModel, find_model, open_chat_model
 from model.chat_template import Message
-from model.checkpoint import PARENT_STAGES, find_checkpoint
 from model.generate import chat_prompt
-from model.rope_flags import RopeScaling
-from model.sampling_presets import find_preset
-from model.tokenizer import ChatTokenizer
-from model.transformer import Transformer
-from serving.schemas import ChatMessage, ChatRequest
+from model.rope import rope_summary
+from model.sampling_presets import find_preset, format_settings
+from serving.config import ServeConfig
+from serving.schemas import ChatMessage, ChatRequest, ModelCard
 
 MIN_BYTES_PER_TOKEN = 16  # of the size check before tokenising, which lets texts of almost the right length pass
 
@@ -33,16 +29,13 @@ class PromptTooLong(Exception):
     """A prompt that leaves no space for an answer in the context; the message gives both lengths in tokens."""
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    name: str
-    model: Transformer
-    tokenizer: ChatTokenizer
-    stage: str
-    created: int  # seconds since 1970
-    preset: dict[str, Any] = field(
-        default_factory=dict
-    )  # sampling settings of chats whose request gives none (model/sampling_presets.py)
+@dataclass
+class ServedModel(ChatModel):
+    """A model with its name on the server. `created`: seconds since 1970. `preset`: sampling settings of chats whose
+    request gives none (model/sampling_presets.py)."""
+
+    created: int = 0
+    preset: dict[str, Any] = field(default_factory=dict)
 
     @property
     def max_model_len(self) -> int:
@@ -81,6 +74,22 @@ class ServedModel:
             start = starts.pop(0)
         self.check_text_size(size, "the system message with the last question")
         return messages[:first] + messages[start:]
+
+    def summary(self) -> str:
+        """Name, stage, size, context, device and dtype; a second line for a sampling preset."""
+        size = self.model.count_parameters()[0] / 1e6
+        rope = f", RoPE {scaled}" if (scaled := rope_summary(self.model.config)) else ""
+        where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        line = (
+            f"{self.name}: {self.stage}, {size:.1f} M parameters, {self.max_model_len} tokens of context{rope}, {where}"
+        )
+        preset = f"\n    default sampling of chats: {format_settings(self.preset)}" if self.preset else ""
+        return line + preset
+
+    def card(self) -> ModelCard:
+        """The model's entry in /v1/models."""
+        details: dict[str, Any] = {"stage": self.stage, "parameters": self.model.count_parameters()[0]}
+        return ModelCard(id=self.name, created=self.created, max_model_len=self.max_model_len, **details)
 
     @property
     def chat_unavailable(self) -> str:
@@ -162,38 +171,27 @@ def normalise_messages(messages: list[ChatMessage]) -> list[Message]:
     return written
 
 
-def last_stage_checkpoint(out_dir: str) -> str:
-    """The checkpoint of the last stage that has one. Raises UserError if there is none, or if there are several."""
-    stages = [stage for stage in PARENT_STAGES if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
-    return str(find_checkpoint(out_dir, (stages or list(PARENT_STAGES)[:1])[-1]))
+def open_models(config: ServeConfig) -> dict[str, ServedModel]:
+    """Load the models of --checkpoint, or the latest stage in --out_dir.
 
-
-def open_models(
-    checkpoints: list[str],
-    max_context: int,
-    device: torch.device,
-    sampling_preset: str = "auto",
-    rope: RopeScaling | None = None,
-) -> dict[str, ServedModel]:
-    """Load models; returns them by name: the file's without .pth, the folder's, or NAME of NAME=FILE.
-
-    `sampling_preset`: one of model.sampling_presets.PRESET_CHOICES. `rope`: --rope_scaling and --rope_factor, applied
-    to all models. Raises UserError for a file that cannot be read, for two models of the same name, and for a model
-    that already has RoPE scaling if `rope` is given.
+    Returns them by name: the file's without .pth, the folder's, or NAME of NAME=FILE. Raises UserError for a file that
+    cannot be read, for two models of the same name, and for a model that already has RoPE scaling with --rope_scaling.
     """
     models: dict[str, ServedModel] = {}
-    for checkpoint in checkpoints:
+    for checkpoint in config.checkpoint or (str(find_model(config.out_dir)),):
         name, _, file = checkpoint.partition("=") if not Path(checkpoint).exists() else ("", "", checkpoint)
         path = Path(file or name)
         name = name if file and name else path.resolve().name.removesuffix(".pth")
         if name in models:
             raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
-        model, tokenizer, facts = open_model(path, device)
-        if rope:
-            model.scale_rope(*rope)
-        limit = min(model.config.max_seq_len, max_context)
-        model.config = dataclasses.replace(model.config, max_seq_len=limit)
+        opened = open_chat_model(path, config.device, config.dtype, config.rope)
+        limit = min(opened.model.config.max_seq_len, config.max_context)
+        opened.model.config = dataclasses.replace(opened.model.config, max_seq_len=limit)
         created = int(path.stat().st_mtime) if path.exists() else int(time.time())
-        _, preset = find_preset(sampling_preset, tokenizer.format)
-        models[name] = ServedModel(name, model, tokenizer, facts["stage"], created, preset)
+        _, preset = find_preset(config.sampling_preset, opened.tokenizer.format)
+        beams = preset.get("num_beams", 1)
+        if beams > config.max_num_seqs:
+            problem = f"--max_num_seqs {config.max_num_seqs} is less than the num_beams of {name}'s sampling preset"
+            raise UserError(f"{problem}: set --max_num_seqs {beams} or --sampling_preset none")
+        models[name] = ServedModel(**{**vars(opened), "name": name}, created=created, preset=preset)
     return models

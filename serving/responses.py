@@ -3,26 +3,32 @@
     data: {"id": "chatcmpl-…", "object": "chat.completion.chunk", "choices": [{"delta": {"content": "…"}, …}], …}
     data: [DONE]
 
-Chat and text responses differ in field names; a text may begin with its prompt (echo.py). A token's log-probabilities
-are sent with its first character, so tokens after a stop string are never sent.
-Called by service.py. Read next: schemas.py (the fields), scheduler.py (where the text comes from).
+Chat and text responses differ in field names. A token's log-probabilities are sent with its first character, so tokens
+after a stop string are never sent. A text may begin with its prompt (`echo`), which scores a given text, as in
+lm-evaluation-harness' `local-completions` (echo, logprobs 1, max_tokens 1, lists of token ids):
+
+    tokens          "The"   " sky"   ...
+    token_logprobs  null    -2.31    ...     null for the first token, which has no context
+    top_logprobs    null    {" sky": -2.31, " cat": -1.97}    the most likely tokens, and the token itself
+    text_offset     0       3        ...     characters before the token
+
+Called by service.py. Read next: schemas.py (the fields), scheduler.py (where the text comes from),
+../model/logprobs.py (how the numbers are computed).
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
-from model.completion import Completion
 from model.detokenizer import IncrementalDetokenizer, token_bytes
 from model.logprobs import TokenLogprob
 from model.tokenizer import ChatTokenizer
 from serving import schemas
-from serving.echo import echoed_logprobs, echoed_text, named_top_logprobs, token_name
+from serving.models import ServedModel, replace_surrogates
 from serving.scheduler import Request, TokenEvent
 
-DONE_EVENT = "data: [DONE]\n\n"
+Prompt = str | list[int]  # as in the request
 
 
 def sse_event(content: dict[str, Any]) -> str:
@@ -40,47 +46,61 @@ class _LogprobCursor:
 
 
 class ResponseBuilder:
-    """Builds the response of one HTTP request: `body`, or `first_events`, `events` and `last_events` of a stream."""
+    """Builds the response of one HTTP request: `body`, or `first_event`, `event` and `last_events` of a stream."""
 
-    id_prefix = object_type = chunk_object_type = ""
+    id_prefix = chunk_type = ""
+    response_type: type[schemas.ChatCompletion] | type[schemas.TextCompletion]
 
-    def __init__(self, model: str, tokenizer: ChatTokenizer, requests: list[Request], wants_usage: bool) -> None:
-        self.tokenizer, self.requests, self.wants_usage = tokenizer, requests, wants_usage
+    def __init__(
+        self, served: ServedModel, headers: dict[str, str], work: list[Request], wants_usage: bool, stream: bool
+    ) -> None:
+        self.served, self.headers, self.work, self.stream = served, headers, work, stream
+        self.tokenizer, self.wants_usage = served.tokenizer, wants_usage
         self.common_fields: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": served.name,
         }
-        self.cursors = [_LogprobCursor(tokenizer) for _ in requests]
+        self.cursors = [_LogprobCursor(served.tokenizer) for _ in work]
 
     def usage(self) -> schemas.Usage:
         """Token counts; a prompt counts once, independent of `n`."""
-        prompts = {id(request.sequence.prompt): len(request.sequence.prompt) for request in self.requests}
-        read, written = sum(prompts.values()), sum(len(request.sequence.completion.ids) for request in self.requests)
+        prompts = {id(request.sequence.prompt): len(request.sequence.prompt) for request in self.work}
+        read, written = sum(prompts.values()), sum(len(request.sequence.completion.ids) for request in self.work)
         return schemas.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
     def body(self) -> str:
         """The JSON response of a finished request."""
-        raise NotImplementedError
+        choices: Any = []
+        for request in self.work:
+            answer = request.sequence.completion
+            text, logprobs = self._next_text(request, answer.text, len(answer.ids), True)
+            reason = "stop" if answer.finish_reason == "stop" else "length"
+            choice = {"index": request.index, "logprobs": logprobs, "finish_reason": reason}
+            choices.append({**choice, "message": {"content": text}, "text": text})  # the schema picks one of the two
+        return self.response_type(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
 
-    def first_events(self) -> Iterator[str]:
+    def first_event(self) -> str:
         """Events before the first token."""
-        return iter(())
+        return ""
 
-    def events(self, event: TokenEvent) -> Iterator[str]:
-        """Events of new text, and of the finish reason if the answer has ended."""
+    def event(self, event: TokenEvent) -> str:
+        """Events of new text, and of the finish reason if the answer has ended; "" without any."""
         raise NotImplementedError
 
-    def last_events(self) -> Iterator[str]:
+    def last_events(self) -> str:
         """Events after the last answer: usage if requested, and [DONE]."""
-        if self.wants_usage:
-            yield self._chunk_event([], usage=self.usage().model_dump())
-        yield DONE_EVENT
+        usage = self._chunk_event([], usage=self.usage().model_dump()) if self.wants_usage else ""
+        return f"{usage}data: [DONE]\n\n"
+
+    def _next_text(self, request: Request, text: str, count: int, is_last: bool) -> tuple[str, Any]:
+        """The text to send next and its log-probabilities (None without). `count`: tokens sampled so far."""
+        raise NotImplementedError
 
     def _chunk_event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         if self.wants_usage:
             more = {"usage": None, **more}
-        return sse_event({**self.common_fields, "object": self.chunk_object_type, "choices": choices, **more})
+        return sse_event({**self.common_fields, "object": self.chunk_type, "choices": choices, **more})
 
     def _new_tokens(self, request: Request, text: str, count: int, is_last: bool) -> list[tuple[TokenLogprob, int]]:
         """The tokens to send with `text`, each with the number of characters before it. `count`: sampled so far."""
@@ -95,47 +115,32 @@ class ResponseBuilder:
             cursor.text_emitted += len(cursor.text.push(token.id))
         return new
 
-    def _top_logprob(self, token_id: int, logprob: float) -> schemas.TopLogprob:
-        piece = token_bytes(self.tokenizer, token_id)
-        return schemas.TopLogprob(token=piece.decode(errors="replace"), logprob=logprob, bytes=list(piece))
-
 
 class ChatResponse(ResponseBuilder):
-    id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, chunk_type, response_type = "chatcmpl", "chat.completion.chunk", schemas.ChatCompletion
 
-    def body(self) -> str:
-        choices = []
-        for request in self.requests:
-            answer = request.sequence.completion
-            message = schemas.AssistantMessage(content=answer.text)
-            logprobs = self._logprobs(request, answer.text, len(answer.ids), True)
-            choices.append(
-                schemas.ChatChoice(
-                    index=request.index, message=message, logprobs=logprobs, finish_reason=api_finish_reason(answer)
-                )
-            )
-        return schemas.ChatCompletion(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
+    def first_event(self) -> str:
+        start = {"role": "assistant", "content": ""}
+        return "".join(self._choice_event(request.index, start, None, None) for request in self.work)
 
-    def first_events(self) -> Iterator[str]:
-        for request in self.requests:
-            yield self._choice_event(request.index, {"role": "assistant", "content": ""}, None, None)
-
-    def events(self, event: TokenEvent) -> Iterator[str]:
-        logprobs = self._logprobs(event.request, event.text, event.num_tokens, bool(event.finish_reason))
-        if event.text or (logprobs and logprobs.content):
-            content_logprobs = logprobs.model_dump() if logprobs else None
-            yield self._choice_event(event.request.index, {"content": event.text}, content_logprobs, None)
-        if event.finish_reason:
-            yield self._choice_event(event.request.index, {}, None, event.finish_reason)
+    def event(self, event: TokenEvent) -> str:
+        is_last, index = bool(event.finish_reason), event.request.index
+        text, logprobs = self._next_text(event.request, event.text, event.num_tokens, is_last)
+        content = end = ""
+        if text or (logprobs and logprobs.content):
+            content = self._choice_event(index, {"content": text}, logprobs and logprobs.model_dump(), None)
+        if is_last:
+            end = self._choice_event(index, {}, None, event.finish_reason)
+        return content + end
 
     def _choice_event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> str:
         return self._chunk_event(
             [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
         )
 
-    def _logprobs(self, request: Request, text: str, count: int, is_last: bool) -> schemas.ChatLogprobs | None:
+    def _next_text(self, request: Request, text: str, count: int, is_last: bool) -> tuple[str, Any]:
         if request.sequence.settings.logprobs is None:
-            return None
+            return text, None
         content = [
             schemas.ContentLogprob(
                 **self._top_logprob(token.id, token.logprob).model_dump(),
@@ -143,66 +148,92 @@ class ChatResponse(ResponseBuilder):
             )
             for token, _ in self._new_tokens(request, text, count, is_last)
         ]
-        return schemas.ChatLogprobs(content=content)
+        return text, schemas.ChatLogprobs(content=content)
+
+    def _top_logprob(self, token_id: int, logprob: float) -> schemas.TopLogprob:
+        piece = token_bytes(self.tokenizer, token_id)
+        return schemas.TopLogprob(token=piece.decode(errors="replace"), logprob=logprob, bytes=list(piece))
 
 
 class CompletionResponse(ResponseBuilder):
-    id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
+    id_prefix, chunk_type, response_type = "cmpl", "text_completion", schemas.TextCompletion
 
-    def __init__(self, model: str, tokenizer: ChatTokenizer, requests: list[Request], wants_usage: bool) -> None:
-        super().__init__(model, tokenizer, requests, wants_usage)
+    def __init__(
+        self, served: ServedModel, headers: dict[str, str], work: list[Request], wants_usage: bool, stream: bool
+    ) -> None:
+        super().__init__(served, headers, work, wants_usage, stream)
         self.echoes: dict[int, str] = {}  # prompts not sent yet, by the request's index
-        for request in requests:
+        for request in work:
             if request.echo is not None:
-                self.echoes[request.index] = text = echoed_text(tokenizer, request.echo)
+                self.echoes[request.index] = text = echoed_text(self.tokenizer, request.echo)
                 cursor = self.cursors[request.index]
                 cursor.text_emitted = cursor.text_sent = len(text)  # offset of the answer's first token
 
-    def body(self) -> str:
-        choices = []
-        for request in self.requests:
-            answer = request.sequence.completion
-            text, logprobs = self._next_text(request, answer.text, len(answer.ids), True)
-            choices.append(
-                schemas.TextChoice(
-                    index=request.index, text=text, logprobs=logprobs, finish_reason=api_finish_reason(answer)
-                )
-            )
-        return schemas.TextCompletion(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
+    def event(self, event: TokenEvent) -> str:
+        is_last = bool(event.finish_reason)
+        text, logprobs = self._next_text(event.request, event.text, event.num_tokens, is_last)
+        if not (text or is_last or (logprobs and logprobs.tokens)):
+            return ""
+        choice = {"index": event.request.index, "text": text, "finish_reason": event.finish_reason or None}
+        return self._chunk_event([{**choice, "logprobs": logprobs and logprobs.model_dump()}])
 
-    def events(self, event: TokenEvent) -> Iterator[str]:
-        text, logprobs = self._next_text(event.request, event.text, event.num_tokens, bool(event.finish_reason))
-        if text or event.finish_reason or (logprobs and logprobs.tokens):
-            choice = {"index": event.request.index, "text": text, "finish_reason": event.finish_reason or None}
-            yield self._chunk_event([{**choice, "logprobs": logprobs.model_dump() if logprobs else None}])
-
-    def _next_text(
-        self, request: Request, text: str, count: int, is_last: bool
-    ) -> tuple[str, schemas.TextLogprobs | None]:
-        """New text and its log-probabilities; the first call for a request prepends an echoed prompt."""
-        logprobs = self._logprobs(request, text, count, is_last)
-        if request.echo is None or request.index not in self.echoes:
-            return text, logprobs
-        if logprobs:
-            sequence = request.sequence
-            prompt = echoed_logprobs(self.tokenizer, request.echo, sequence.prompt, sequence.completion.prompt_logprobs)
-            logprobs = schemas.TextLogprobs(**{k: v + getattr(logprobs, k) for k, v in prompt.model_dump().items()})
-        return self.echoes.pop(request.index) + text, logprobs
-
-    def _logprobs(self, request: Request, text: str, count: int, is_last: bool) -> schemas.TextLogprobs | None:
+    def _next_text(self, request: Request, text: str, count: int, is_last: bool) -> tuple[str, Any]:
+        """The first call for a request prepends an echoed prompt."""
+        echo = self.echoes.pop(request.index, None)
         if request.sequence.settings.logprobs is None:
-            return None
-        new = self._new_tokens(request, text, count, is_last)
+            return (echo or "") + text, None
+        new: list[tuple[TokenLogprob, int]] = self._new_tokens(request, text, count, is_last)
         stop_logprob = request.sequence.completion.stop_logprob
         if is_last and stop_logprob:  # one more entry without text, as in OpenAI and vLLM
             new.append((stop_logprob, self.cursors[request.index].text_sent))
-        return schemas.TextLogprobs(
+        logprobs = schemas.TextLogprobs(
             tokens=[token_name(self.tokenizer, token.id) for token, _ in new],
             token_logprobs=[token.logprob for token, _ in new],
             top_logprobs=[named_top_logprobs(self.tokenizer, token) for token, _ in new],
             text_offset=[characters for _, characters in new],
         )
+        if echo is not None and request.echo is not None:
+            sequence = request.sequence
+            prompt = echoed_logprobs(self.tokenizer, request.echo, sequence.prompt, sequence.completion.prompt_logprobs)
+            logprobs = schemas.TextLogprobs(**{k: v + getattr(logprobs, k) for k, v in prompt.model_dump().items()})
+        return (echo or "") + text, logprobs
 
 
-def api_finish_reason(answer: Completion) -> schemas.FinishReason:
-    return "stop" if answer.finish_reason == "stop" else "length"
+# ---- echoed prompts and names of tokens ----
+def echoed_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
+    """The prompt as text: as in the request, or its ids decoded, special tokens included."""
+    return replace_surrogates(prompt) if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+
+def echoed_logprobs(
+    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logprobs: list[TokenLogprob]
+) -> schemas.TextLogprobs:
+    """The `logprobs` field of an echoed prompt. `ids`: the prompt's tokens; `logprobs`: those of all but the first."""
+    added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()  # a bos, which has no characters
+    text, offsets, characters = IncrementalDetokenizer(tokenizer), [], 0
+    for i in ids:
+        offsets.append(characters + len(text.completed_by(i)))
+        characters += 0 if i in added else len(text.push(i))
+    return schemas.TextLogprobs(
+        tokens=[token_name(tokenizer, i) for i in ids],
+        token_logprobs=[None, *(token.logprob for token in logprobs)],
+        top_logprobs=[None, *(named_top_logprobs(tokenizer, token) for token in logprobs)],
+        text_offset=offsets,
+    )
+
+
+def named_top_logprobs(tokenizer: ChatTokenizer, token: TokenLogprob) -> dict[str, float]:
+    """{name: logprob} of the most likely tokens and of the token itself; of two with the same name, the likelier."""
+    named: dict[str, float] = {}
+    for i, logprob in [*token.top_logprobs, (token.id, token.logprob)]:
+        named.setdefault(token_name(tokenizer, i), logprob)
+    return named
+
+
+def token_name(tokenizer: ChatTokenizer, token_id: int) -> str:
+    """The token's text; its bytes where it is part of a character, which keeps the names of such tokens distinct."""
+    spelled = token_bytes(tokenizer, token_id)
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)

@@ -4,7 +4,7 @@ Unknown and unsupported fields (tools, response_format, logit_bias, ...) are acc
 response header `x-ignored-fields`. Types are strict: "0.7" is not a number.
 Sources: OpenAI's API reference, "Chat" and "Completions"; vLLM for top_k, min_p and repetition_penalty; transformers'
 GenerationConfig for num_beams, length_penalty and no_repeat_ngram_size.
-Called by service.py and routes.py. Read next: responses.py (building a response).
+Called by requests.py, responses.py and app.py. Read next: requests.py (parsing), responses.py (building a response).
 """
 
 from typing import Annotated, Any, Literal
@@ -162,6 +162,12 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: NumLogprobs | None = None
     echo: bool | None = Field(None, description="begin with the prompt, its log-probabilities included")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts as a list; the field `prompt` is a text, several, token ids, or several lists of them."""
+        prompt: Any = self.prompt
+        return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
     @property
     def max_new_tokens(self) -> int | None:

@@ -44,6 +44,22 @@ def tokenizer_dir(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def process(tmp_path, tokenizer_dir):
+    """Run data_process.py in this process; returns --out_dir."""
+    import data_process
+
+    def run(kind, *files, out=None, **flags):
+        out_dir = tmp_path / (out or kind)
+        arguments = [kind, *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(out_dir)]
+        for name, value in flags.items():
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        data_process.main(arguments)
+        return out_dir
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def pretrain_dir(tokenizer, tmp_path_factory):
     """A pretraining dataset: 59 training rows of 32 tokens, and a few validation rows."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer
 
+from common import cli
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, tokenizer_files
@@ -39,6 +40,13 @@ def run_script(monkeypatch, name: str, *arguments) -> None:
     """Run a script's main() in this process with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     load_script(name).main()
+
+
+def start_chat(*arguments):
+    """The terminal chat of 2-eval.py with these command-line arguments."""
+    script = load_script("2-eval.py")
+    config = cli.parse(script.EvalConfig, "", [*map(str, arguments)])
+    return script.start_chat(config, script.open_chosen_model(config), config.history)
 
 
 def run_process(*command, **options) -> subprocess.CompletedProcess:
@@ -71,9 +79,16 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """Write a jsonl file; a text becomes {"text": …}."""
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def load_weights(path: Path) -> dict:

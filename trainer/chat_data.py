@@ -6,33 +6,27 @@ The fingerprint covers the tokenizer and its chat template. A folder of other ro
 Read next: datasets.py (the batches), ../corpus/tokenize_chats.py (how a chat becomes tokens and a mask).
 """
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 from corpus.dataset_meta import read_meta
 from corpus.examples import ChatExample
 from corpus.tokenize_chats import ExampleType, tokenize_chats
-from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
-from trainer.datasets import ChatDataset, check_data
+from trainer.datasets import ChatDataset, TokenDataset, check_data
 from trainer.distributed import DistContext
 
 
 def tokenized_folder(
-    dist: DistContext,
-    args: argparse.Namespace,
-    config: ModelConfig,
+    data_path: str,
+    max_seq_len: int,
     tokenizer: ChatTokenizer,
+    dist: DistContext,
     example_type: ExampleType = ChatExample,
 ) -> str:
-    """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
-
-    The length is --max_seq_len, at most the model's max_seq_len.
-    """
-    length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
+    """Tokenize a data folder for this tokenizer and length, unless that was done before; returns the token folder."""
     with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
-        folder = str(tokenize_chats(args.data_path, tokenizer, length, example_type))
+        folder = str(tokenize_chats(data_path, tokenizer, max_seq_len, example_type))
     for line in dropped_row_messages(read_meta(folder).get("report", {})):
         dist.print0(line)
     return folder
@@ -52,10 +46,12 @@ def dropped_row_messages(report: dict[str, Any]) -> Iterator[str]:
 
 
 def open_chat_data(
-    dist: DistContext, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer
-) -> tuple[ChatDataset, dict[str, ChatDataset]]:
-    """Return the training chats of --data_path, and the validation chats by split ("zh", "en")."""
-    folder = tokenized_folder(dist, args, config, tokenizer)
+    data_path: str, max_seq_len: int, tokenizer: ChatTokenizer, dist: DistContext
+) -> tuple[ChatDataset, dict[str, TokenDataset]]:
+    """Return the training chats of a data folder, and the validation chats by split ("zh", "en")."""
+    folder = tokenized_folder(data_path, max_seq_len, tokenizer, dist)
     splits = check_data(folder, "chats", tokenizer)
-    chats = {split.removeprefix("val_"): ChatDataset(folder, split, tokenizer.pad_id) for split in splits}
-    return chats.pop("train"), chats
+    train = ChatDataset(folder, "train", tokenizer.pad_id)
+    return train, {
+        split.removeprefix("val_"): ChatDataset(folder, split, tokenizer.pad_id) for split in splits if split != "train"
+    }

@@ -1,22 +1,21 @@
 """CheckpointWriter: saves checkpoints in background threads while training continues.
 
-    save(train_state, engine, content)    copy the tensors; threads write the copies: the .pth on rank 0, the step
-                                          folder on all ranks
-    wait()                                wait until every process has written its files; remove older step folders
-    close(complete)                       wait; if the stage is complete, remove the resume folder
+    save(train_state)    copy the tensors; threads write the copies: the .pth on rank 0, the step folder on all ranks
+    wait()               wait until every process has written its files; remove older step folders
+    finish(complete)     wait; if the stage is complete, remove the resume folder
 
 A kill at any time leaves the newest complete step folder intact. Incomplete folders are ignored (train_state.py) and
 removed by the next run.
 Read next: train_state.py (step folders), state_files.py, loop.py.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,10 +23,13 @@ from common.checksums import with_checksum
 from common.errors import UserError
 from common.files import remove, remove_leftovers, write_error, write_json
 from common.locks import lock_output
-from model.checkpoint import atomic_save
+from corpus.provenance import data_provenance, format_provenance
+from model.checkpoint import atomic_save, build_checkpoint
 from model.checkpoint_schema import Checkpoint
+from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.engine import Engine
+from trainer.loss_guard import NonFiniteGuard
 from trainer.stage import Stage
 from trainer.state_files import (
     DISK_SPACE_ADVICE,
@@ -39,7 +41,7 @@ from trainer.state_files import (
 )
 from trainer.train_state import TrainState, complete_steps, resume_path, step_folders
 
-Train = Callable[[DistContext, argparse.Namespace, Stage], Path]
+Train = Callable[[TrainConfig, Stage, DistContext], Path]
 
 
 def with_run_lock(train: Train) -> Train:
@@ -49,15 +51,15 @@ def with_run_lock(train: Train) -> Train:
     """
 
     @functools.wraps(train)
-    def train_locked(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
-        path = stage.checkpoint_path(args.out_dir)
+    def train_locked(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
+        path = stage.checkpoint_path(config.out_dir)
         with contextlib.ExitStack() as stack:
             with shared_errors(dist, f"lock {path}"):
                 if dist.is_rank0:
                     stack.enter_context(lock_output(path, "wait for it, or choose another --out_dir"))
                     remove_leftovers(path.with_suffix(".*"))
                     remove_leftovers(resume_path(path) / "*")
-            return train(dist, args, stage)
+            return train(config, stage, dist)
 
     return train_locked
 
@@ -76,31 +78,66 @@ def shared_errors(dist: DistContext, what: str) -> Iterator[None]:
 
 
 class CheckpointWriter:
-    """Writes the .pth and the step folders of a run. `is_resuming`: whether the run resumes from a step folder."""
+    """Writes the .pth and the step folders of a run. is_resuming: whether the run resumes from a step folder."""
 
-    def __init__(self, dist: DistContext, path: Path, is_resuming: bool) -> None:
-        self.dist, self.path, self.is_resuming = dist, path, is_resuming
+    def __init__(
+        self, config: TrainConfig, stage: Stage, engine: Engine, guard: NonFiniteGuard, is_resuming: bool
+    ) -> None:
+        self.config, self.stage, self.engine, self.guard = config, stage, engine, guard
+        self.dist, self.path = engine.dist, stage.checkpoint_path(config.out_dir)
+        self.is_resuming = is_resuming
+        self.is_postponed = False  # a save was due after a step that left no valid state
         self.threads = ThreadPoolExecutor(2)
         self.pending: list[Future[None]] = []
         self.copies: dict[str, CopiedPiece] = {}
         self.is_saving = False
-        self.saved_step = next(complete_steps(resume_path(path)))[1].step if is_resuming else -1
+        self.saved_step = next(complete_steps(resume_path(self.path)))[1].step if is_resuming else -1
 
-    def save(self, train_state: TrainState, engine: Engine, content: Checkpoint | None) -> None:
-        """Copy the state, start writing it and return. `content`: the content of the .pth, on rank 0, else None."""
-        self.wait()
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait up to 60 s for each write that is still in progress after an error, and ignore its errors."""
+        for future in self.pending:
+            with contextlib.suppress(BaseException):
+                future.result(timeout=60)
+        self.threads.shutdown(wait=False)
+
+    def is_due(self, step: int) -> bool:
+        return self.is_postponed or step % self.config.save_interval == 0
+
+    def save(self, train_state: TrainState, final: bool = False) -> None:
+        """Start saving the state. If it is not valid, postpone the save, or raise UserError if it is the final one."""
+        self.wait()  # until the previous save is on disk
+        self.dist.barrier()  # wait for rank 0, which writes the most
+        self.engine.gather_weights()
+        problem = self.guard.save_problem(self.engine, final)
+        if problem and final:
+            raise self.guard.make_error(problem)
+        if problem and not self.is_postponed:
+            text = f"step {train_state.step} is not saved: {problem}; the next valid step will be"
+            self.guard.logger.print(text)
+        self.is_postponed = bool(problem)
+        if not problem:
+            self.start_writing(train_state)
+            self.guard.mark_saved()
+
+    def start_writing(self, train_state: TrainState) -> None:
+        """Copy the state and start the threads that write it."""
         folder, is_saved = resume_path(self.path) / f"step_{train_state.step:09d}", train_state.step == self.saved_step
-        train_state.scaler = engine.scaler.state_dict()
+        train_state.scaler = self.engine.scaler.state_dict()
         train_state.ranks = train_state.ranks if is_saved else self.dist.world_size
         with shared_errors(self.dist, f"write {folder}"):
             if self.dist.is_rank0:
                 self.prepare_step_folder(folder, train_state, is_saved)
         self.is_saving = True
-        if content is not None:
-            self.pending.append(self.threads.submit(atomic_save, content, self.path))
+        if self.dist.is_rank0:
+            lineage = [*self.stage.lineage, lineage_entry(self.config, self.stage, train_state)]
+            content = build_checkpoint(self.stage.model, self.stage.name, self.stage.tokenizer, lineage)
+            self.pending.append(self.threads.submit(atomic_save, clone_checkpoint(content), self.path))
         if not is_saved:
             written = select_written_tensors(
-                engine.state_dict(), self.dist.rank, self.dist.world_size, engine.replicated
+                self.engine.state_dict(), self.dist.rank, self.dist.world_size, self.engine.replicated
             )
             self.copies = copy_to_cpu(written, self.copies)
             self.pending.append(self.threads.submit(write_state, folder, self.dist.rank, self.copies))
@@ -136,19 +173,12 @@ class CheckpointWriter:
                     with contextlib.suppress(OSError):
                         remove(folder)
 
-    def close(self, complete: bool) -> None:
+    def finish(self, complete: bool) -> None:
         """Wait for the last save. `complete`: the stage is finished, remove the resume folder."""
         self.wait()
         if complete and self.dist.is_rank0:
             with contextlib.suppress(OSError):
                 remove(resume_path(self.path))
-
-    def abort(self) -> None:
-        """After an error: wait up to 60 s for each write in progress and ignore its errors."""
-        for future in self.pending:
-            with contextlib.suppress(BaseException):
-                future.result(timeout=60)
-        self.threads.shutdown(wait=False)
 
 
 def clone_checkpoint(content: Checkpoint) -> Checkpoint:
@@ -158,3 +188,23 @@ def clone_checkpoint(content: Checkpoint) -> Checkpoint:
         return {name: tensor.clone() for name, tensor in state.items()}
 
     return {**content, "model": clone_tensors(content["model"])}
+
+
+def lineage_entry(config: TrainConfig, stage: Stage, train_state: TrainState) -> dict[str, Any]:
+    """Return the entry of this stage in the lineage of its checkpoint."""
+    unit_key = f"{stage.loss_unit}s"
+    provenance = format_provenance(data_provenance(config.data_path))
+    return {
+        "stage": stage.name,
+        "data": str(config.data_path),
+        **stage.data.mixture,
+        **({"data_history": provenance} if provenance else {}),
+        "steps": train_state.step,
+        unit_key: train_state.tokens,
+        "seconds": train_state.seconds,
+        "loss": train_state.loss,
+        "validation": {name: value for name, value in train_state.validation.items() if name not in ("step", unit_key)},
+        "learning_rate": config.learning_rate,
+        "seed": config.seed,
+        **({"stopped": train_state.objection} if train_state.objection else {}),
+    }

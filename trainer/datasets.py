@@ -3,30 +3,35 @@
     PackedDataset        pretraining: windows of seq_len tokens of one token stream, no padding
     ChatDataset          SFT: whole conversations, right-padded; sampler.py batches similar lengths together
     PreferenceDataset    DPO: a chosen and a rejected conversation per row, in one batch
+    prefetch_batches     the micro-batches of every step, loaded in advance
 
 With right padding and causal attention no real token attends to a pad.
 Read next: sampler.py (which rows make up a step), chat_data.py (jsonl -> token folder), ../corpus/shard_writer.py (the
 files).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
 from corpus.dataset_meta import PREPARE_COMMANDS, read_meta
 from corpus.shard_reader import open_split
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX
+from trainer.sampler import BatchSampler
 
 # input_ids, labels: (batch, seq), int64; labels are IGNORE_INDEX where nothing is trained
 # token_mask: (batch, seq), bool, False at pads. row_ids: (rows,), int64, the rows of the dataset.
+# num_targets: int, the number of trained tokens (or pairs); num_tokens: int, the number of tokens without pads.
 # A batch of pairs holds the chosen answers, then the rejected ones, so batch = 2 * rows; it also holds
 # reference: (batch, seq), fp32, log p(label) under the frozen parent.
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 WIDTH_MULTIPLE = 16  # chat batches are padded to a multiple of this: on a CPU every new shape allocates a new buffer
 
 
@@ -55,21 +60,32 @@ def _every_shard(shard: dict[str, Any]) -> bool:
     return True
 
 
-class TokenDataset(Protocol):
-    """Interface of a dataset with random access by row id.
+class TokenDataset:
+    """Base of the datasets: random access by row id.
 
-    folder: the data folder it reads. batch(row_ids): these rows as a Batch. lengths(): tokens of every row, (len,), or
-    None if all rows have the same length.
+    folder: the data folder. mixture: weights of a data mixture, for the lineage of the checkpoint.
     """
 
-    @property
-    def folder(self) -> Path: ...
-    def __len__(self) -> int: ...
-    def batch(self, row_ids: np.ndarray) -> Batch: ...
-    def lengths(self) -> np.ndarray | None: ...
+    folder: Path
+    mixture: Mapping[str, Any] = MappingProxyType({})
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, row_ids: np.ndarray) -> Batch:
+        """Return these rows as a batch."""
+        raise NotImplementedError
+
+    def lengths(self) -> np.ndarray | None:
+        """Return the tokens of every row, (len,), or None if all rows have the same length."""
+        return None
+
+    def batch_sampler(self, global_batch_size: int, seed: int) -> BatchSampler:
+        """Return the sampler that selects the rows of each step."""
+        return BatchSampler(len(self), self.lengths(), global_batch_size, seed)
 
 
-class PackedDataset:
+class PackedDataset(TokenDataset):
     """A token stream cut into rows of seq_len tokens; row i predicts tokens i*seq_len + 1 ... (i+1)*seq_len.
 
     `keep_shard` selects the shards of the stream by their entry in meta.json (default: all).
@@ -83,9 +99,6 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return -(-(self.tokens.tokens - 1) // self.seq_len)
-
-    def lengths(self) -> None:
-        return None  # all rows have the same length
 
     def window(self, row: int) -> np.ndarray:
         """Return the tokens of a row and the next one, (seq_len + 1,); the last row may be shorter."""
@@ -105,7 +118,7 @@ class PackedDataset:
         return make_batch(ids[:, :-1], labels, labels != IGNORE_INDEX, row_ids)
 
 
-class ChatDataset:
+class ChatDataset(TokenDataset):
     """Tokenized conversations with their loss masks. A batch is padded to its longest row, rounded up."""
 
     def __init__(self, folder: str, split: str, pad_id: int) -> None:
@@ -134,7 +147,7 @@ class ChatDataset:
         return make_batch(input_ids, labels, token_mask, row_ids)
 
 
-class PreferenceDataset:
+class PreferenceDataset(TokenDataset):
     """Preference pairs: row i is documents 2i (chosen) and 2i + 1 (rejected) of a split.
 
     `reference`: log p of every answer token of the split under the frozen parent, (tokens,), fp32 (dpo.py).
@@ -152,14 +165,15 @@ class PreferenceDataset:
         return 2 * self.answers.lengths().reshape(-1, 2).max(axis=1)  # both are padded to the longer one
 
     def batch(self, row_ids: np.ndarray) -> Batch:
-        row_ids = np.asarray(row_ids)
+        row_ids = np.asarray(row_ids, dtype=np.int64)
         documents = np.concatenate([2 * row_ids, 2 * row_ids + 1])
         batch = self.answers.batch(documents)
         batch["reference"] = torch.zeros(batch["labels"].shape)
         for i, document in enumerate(documents):
             start, end = self.offsets[document], self.offsets[document + 1]
             batch["reference"][i, : end - start - 1] = self.reference[start + 1 : end]  # labels are shifted by one
-        return batch | {"row_ids": torch.as_tensor(row_ids, dtype=torch.int64)}
+        chosen = batch["labels"][: len(row_ids)] != IGNORE_INDEX
+        return batch | {"row_ids": torch.as_tensor(row_ids), "num_targets": int(chosen.any(1).sum())}
 
     def prompt_ids(self, row: int) -> list[int]:
         """Return the token ids of the prompt of a row, up to the first answer token."""
@@ -168,19 +182,27 @@ class PreferenceDataset:
         return ids[: int(mask.argmax())].tolist()
 
 
+# ---- batches ---------------------------------------------------------------------------------------------------------
 def make_batch(input_ids: np.ndarray, labels: np.ndarray, token_mask: np.ndarray, row_ids: np.ndarray) -> Batch:
     return {
         "input_ids": torch.from_numpy(np.ascontiguousarray(input_ids)),
         "labels": torch.from_numpy(labels),
         "token_mask": torch.from_numpy(token_mask),
         "row_ids": torch.as_tensor(np.asarray(row_ids, dtype=np.int64)),
+        "num_targets": int((labels != IGNORE_INDEX).sum()),
+        "num_tokens": int(token_mask.sum()),
     }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cuda":
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    """Return the batch with its tensors on the device; counts stay on the CPU."""
+
+    def move(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+    return {name: move(value) for name, value in batch.items()}
 
 
 def empty_batch(data: TokenDataset) -> Batch:
@@ -188,4 +210,78 @@ def empty_batch(data: TokenDataset) -> Batch:
     batch = data.batch(np.array([0]))
     batch["labels"].fill_(IGNORE_INDEX)
     batch["token_mask"].fill_(False)
-    return batch
+    return batch | {"num_targets": 0, "num_tokens": 0}
+
+
+class MicroBatches(Dataset[Any]):
+    """Maps a step number to the list of micro-batches that this process trains on in that step.
+
+    All processes get the same number of micro-batches; one without rows left gets a batch without trained tokens.
+    """
+
+    def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.data, self.sampler = data, sampler
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def __getitem__(self, step: int) -> Any:
+        """Return the micro-batches. A worker process returns a UserError, because raising it prints a traceback."""
+        try:
+            return self.micro_batches(step)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        row_ids = self.sampler.row_ids(step)
+        stride = self.batch_size * self.world_size
+        return [
+            self.micro_batch(row_ids[start + self.rank * self.batch_size : start + (self.rank + 1) * self.batch_size])
+            for start in range(0, len(row_ids), stride)
+        ]
+
+    def micro_batch(self, row_ids: np.ndarray) -> Batch:
+        if len(row_ids):
+            return self.data.batch(row_ids)
+        return empty_batch(self.data)
+
+
+def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of steps first ... last - 1, loaded in advance by `num_workers` worker processes.
+
+    Raises UserError if the data is damaged.
+    """
+    loader: Any = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def validation_batches(
+    data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
+) -> Iterator[Batch]:
+    """Yield this process's validation batches; those of all processes hold about `max_tokens` tokens. Rows are fixed.
+
+    All processes get the same number of batches, because sharded weights are gathered by collectives. The last batch of
+    a process may have no trained tokens.
+    """
+    lengths, num_tokens, num_batches = data.lengths(), 0, 0
+    order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
+    for start in range(0, len(data), batch_size):
+        if num_tokens >= max_tokens:
+            break
+        positions = np.arange(start, min(start + batch_size, len(data)))
+        batch = data.batch(positions if order is None else order[positions])
+        num_tokens += batch["input_ids"].numel()
+        if num_batches % world_size == rank:
+            yield batch
+        num_batches += 1
+    if num_batches == 0 or rank >= num_batches % world_size > 0:
+        yield empty_batch(data)

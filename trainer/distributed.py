@@ -9,16 +9,13 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 
 from common.device import autocast, pick_device, pick_dtype
-from common.errors import UserError
-from common.signals import Terminated, handle_signals, ignore_output_errors, ignore_termination
-from trainer.heartbeat import Heartbeat, find_connection_error, short_message
+from common.signals import handle_signals, ignore_output_errors, ignore_termination
 
 
 @dataclass
@@ -53,12 +50,12 @@ class DistContext:
         torch.distributed.all_reduce(tensor)
         return tensor.tolist()
 
-    def all_reduce_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor summed over all processes, in its dtype, on the CPU."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor summed over all processes, on this process's device. Does not wait for the device."""
+        tensor = tensor.to(self.device)
         if self.world_size > 1:
-            tensor = tensor.to(self.device)
             torch.distributed.all_reduce(tensor)
-        return tensor.cpu()
+        return tensor
 
     @contextlib.contextmanager
     def rank0_first(self) -> Iterator[None]:
@@ -93,8 +90,31 @@ class DistContext:
             ignore_termination()
 
 
+class MetricSums:
+    """Sums of metrics on the device, in float64 (MPS: float32). `reduce` reads them, all at once."""
+
+    def __init__(self, dist: DistContext) -> None:
+        self.dist, self.sums = dist, {}  # type: DistContext, dict[str, torch.Tensor]
+        self.dtype = torch.float32 if dist.device.type == "mps" else torch.float64
+
+    def number(self, value: float) -> torch.Tensor:
+        """Return a number as a scalar on the device, without a copy from the host."""
+        return torch.full((), value, dtype=self.dtype, device=self.dist.device)
+
+    @torch.no_grad()
+    def add(self, **values: torch.Tensor | float) -> None:
+        for name, value in values.items():
+            if name not in self.sums:
+                self.sums[name] = self.number(0.0)
+            self.sums[name] += value
+
+    def reduce(self) -> dict[str, float]:
+        """Return the sums over all processes: one all-reduce, one read of the device."""
+        total = self.dist.all_reduce(torch.stack([*self.sums.values()]))
+        return dict(zip(self.sums, total.tolist(), strict=True))
+
+
 DEFAULT_TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # default --dist_timeout, seconds
-NO_TIMEOUT = timedelta(days=365)
 
 
 @contextlib.contextmanager
@@ -117,38 +137,7 @@ def init_distributed(
     if world_size == 1:
         yield dist
         return
+    from trainer.heartbeat import process_group  # only for several processes
+
     with process_group(dist, timeout or DEFAULT_TIMEOUTS.get(picked_device.type, DEFAULT_TIMEOUTS["cpu"])):
         yield dist
-
-
-@contextlib.contextmanager
-def process_group(dist: DistContext, timeout: float) -> Iterator[None]:
-    """Inside, the processes are connected by a process group and monitor each other by heartbeats."""
-    heartbeat, state = None, "ended"
-    try:
-        if dist.device.type == "cuda":  # +60 s: the heartbeat's one-line error comes before NCCL's long one
-            torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
-        else:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        dist.barrier_group = torch.distributed.new_group(backend="gloo", timeout=NO_TIMEOUT)
-        heartbeat = Heartbeat(dist, timeout)
-        yield
-        dist.barrier()  # without it, a process that exits early sometimes aborts the others
-        state = "done"
-    except (RuntimeError, Terminated) as error:  # the launcher sends SIGTERM to the other ranks if one is lost
-        connection_error = find_connection_error(error)
-        if connection_error is None:
-            raise
-        if heartbeat is None:
-            raise UserError(
-                f"cannot connect the {dist.world_size} processes: {short_message(connection_error)}"
-            ) from None
-        with handle_signals(lambda number, frame: None):
-            raise heartbeat.make_error(connection_error) from None
-    finally:
-        if heartbeat:
-            heartbeat.stop(state)
-        failed = heartbeat is not None and heartbeat.state == "failed"
-        # After a failure NCCL would wait for the lost ranks.
-        if torch.distributed.is_initialized() and not (failed and dist.device.type == "cuda"):
-            torch.distributed.destroy_process_group()

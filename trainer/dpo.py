@@ -9,11 +9,12 @@
 Read next: ../5-dpo_train.py (the loss), datasets.py (PreferenceDataset), loop.py (calls early_stop).
 """
 
-import argparse
 import dataclasses
 import hashlib
-import math
-from collections.abc import Callable
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,17 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.datasets import Batch, ChatDataset, PreferenceDataset, to_device
 from trainer.distributed import DistContext
-from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
+from trainer.loss import IGNORE_INDEX, token_log_probs
 from trainer.metrics import MetricRow
 
 # Allowed deviation of the first loss from its expected value E, divided by max(1, E).
 REFERENCE_TOLERANCE = 0.01  # fp32 and TF32
 LOW_PRECISION_TOLERANCE = 0.05  # bf16 and fp16
+# Raised while a damaged or foreign file is read.
+READ_ERRORS = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
+    struct.error, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
 REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, max_new_tokens per answer
 LANGUAGE_MIX_TOLERANCE = 0.25  # warn if the fractions of Chinese rows differ by more
 
@@ -66,16 +72,10 @@ def load_or_compute_reference(
         "data": folder_fingerprint(folder),
         "dtype": str(dist.dtype).removeprefix("torch."),
     }
-    try:
-        if find_damaged_record(path):
-            raise ValueError("a record differs from its checksum")
-        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        cached = cached if cached["key"] == key and cached["log_probs"].keys() == meta["splits"].keys() else None
-    except Exception:  # the file is missing, damaged or not a reference: compute it again
-        cached = None
+    cached = read_reference(path, key, meta["splits"])
     if dist.all_reduce_sum([float(cached is not None)])[0] == dist.world_size:
         dist.print0(f"reference: log-probabilities from {path} (same parent, tokenizer and data)")
-        return cached["log_probs"]
+        return cached or {}
     model.to(dist.device).eval()
     answers = {split: ChatDataset(folder, split, pad_id) for split in meta["splits"]}
     dist.print0(f"reference: computing log-probabilities of {sum(map(len, answers.values())):,} answers for {path}")
@@ -83,6 +83,18 @@ def load_or_compute_reference(
     if dist.is_rank0:
         atomic_save({"key": key, "log_probs": log_probs}, path)
     return log_probs
+
+
+def read_reference(path: Path, key: dict[str, str], splits: Collection[str]) -> dict[str, Tensor] | None:
+    """Return the log-probabilities in a file, or None if it is missing, damaged or of other inputs."""
+    try:
+        if find_damaged_record(path):
+            return None
+        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        log_probs: dict[str, Tensor] = cached["log_probs"]
+        return log_probs if cached["key"] == key and log_probs.keys() == set(splits) else None
+    except READ_ERRORS:
+        return None
 
 
 @torch.no_grad()
@@ -97,11 +109,11 @@ def reference_log_probs(dist: DistContext, model: Transformer, answers: ChatData
         batch = to_device(answers.batch(documents), dist.device)
         with dist.autocast():
             hidden, _ = model(batch["input_ids"], token_mask=batch["token_mask"])
-            log_probs = token_log_probs(hidden, output_weight(model), batch["labels"]).cpu()
+            log_probs = token_log_probs(hidden, model.lm_head.weight, batch["labels"]).cpu()
         for document, values in zip(documents, log_probs, strict=True):
             start, end = starts[document], starts[document + 1]
             log_prob_stream[start + 1 : end] = values[: end - start - 1]  # labels are shifted by one
-    return dist.all_reduce_tensor(log_prob_stream)
+    return dist.all_reduce(log_prob_stream).cpu()
 
 
 def folder_fingerprint(folder: str) -> str:
@@ -183,33 +195,32 @@ def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[st
 
 
 # ---- early stop ------------------------------------------------------------------------------------------------------
-def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path: Path) -> Callable[[MetricRow], str]:
+def chosen_drop_stop(
+    max_drop: float, expected_loss: float | None, reference_path: Path, dist: DistContext
+) -> Callable[[MetricRow], str]:
     """Return the function that the loop calls after every step: MetricRow -> reason to stop, or "" to continue.
 
-    It raises UserError if the first loss shows that the policy does not equal its reference before training.
+    It raises UserError if the first loss is not `expected_loss`, which it is if the policy equals its reference.
     The default of --max_chosen_drop, 0.2 nats per token, was measured on the demo world. At a learning rate that kept
     the correct answers, the drop stayed below 0.06. At one that lost half of them, it exceeded 0.2 after 40 of 181
     steps and reached 1; every held-out pair was still ranked correctly, so the ranking does not show the loss.
     """
-    expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
+    relative_tolerance = REFERENCE_TOLERANCE if dist.dtype == torch.float32 else LOW_PRECISION_TOLERANCE
 
     def early_stop(row: MetricRow) -> str:
-        if row["step"] == 1 and expected is not None:
-            tolerance = (REFERENCE_TOLERANCE if dist.dtype == torch.float32 else LOW_PRECISION_TOLERANCE) * max(
-                1.0, expected
-            )
-            first = row["preference_loss"]
-            if abs(first - expected) > tolerance:
+        if row["step"] == 1 and expected_loss is not None:
+            first, tolerance = row["preference_loss"], relative_tolerance * max(1.0, expected_loss)
+            if abs(first - expected_loss) > tolerance:
                 raise UserError(
-                    f"the first loss is {first:.4f}, not {expected:.4f} ± {tolerance:g}, so the model does not equal "
-                    f"its reference: delete {reference_path} and start anew with --resume never"
+                    f"the first loss is {first:.4f}, not {expected_loss:.4f} ± {tolerance:g}, so the model does not "
+                    f"equal its reference: delete {reference_path} and start anew with --resume never"
                 )
-            dist.print0(f"first loss {first:.4f}, expected {expected:.4f} ± {tolerance:g}: ok")
+            dist.print0(f"first loss {first:.4f}, expected {expected_loss:.4f} ± {tolerance:g}: ok")
         drop = -row["chosen_logp_delta"] / max(row["chosen_length"], 1)
-        if args.max_chosen_drop and drop > args.max_chosen_drop:
+        if max_drop and drop > max_drop:
             return (
                 f"log p of the chosen answers fell {drop:.2f} nats per token below the parent's "
-                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate or a higher --sft_weight"
+                f"(--max_chosen_drop {max_drop:g}): try a lower --learning_rate or a higher --sft_weight"
             )
         return ""
 

@@ -1,19 +1,20 @@
-"""Engine: forward, backward, optimizer step and state, for one process or for several with DDP.
+"""Engines: forward, backward, optimizer step and state of one process, or of several with DDP, FSDP2 or ZeRO.
 
-    forward_backward(batch)           forward and backward of a micro-batch; gradients accumulate
-    optimizer_step()                  clip the gradient, update the weights
-    evaluate(batch)                   forward without gradients
-    state_dict(), load_state_dict()   trainable weights and optimizer state, for the step folders
-    gather_weights()                  copy the weights to stage.model on rank 0
+    --parallel    weights     gradients   optimizer state
+    ddp           replicated  replicated  replicated         torch's DistributedDataParallel; also for one process
+    fsdp          sharded     sharded     sharded            torch's FSDP2 (fully_shard), layer by layer
+    zero1         replicated  replicated  sharded            DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054,
+    zero2         replicated  sharded     sharded            section 5), in zero.py
+    zero3         sharded     sharded     sharded
 
 The wrapped module (StageLoss) maps a batch to its loss. It contains the whole loss because the loss uses the weight of
 the output layer outside the model's forward, and FSDP and ZeRO gather only weights that their module's forward uses.
 Weights are fp32; autocast computes matrix products in --dtype. So all engines give the same losses up to rounding.
-Read next: parallel.py (FSDP, ZeRO), loop.py (the caller), train_state.py (saved states).
+Read next: loop.py (the caller), zero.py, train_state.py (saved states).
 """
 
-import argparse
 import contextlib
+import copy
 import math
 import shutil
 from collections.abc import Iterator
@@ -21,109 +22,122 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from model.transformer import Transformer
+from trainer.config import TrainConfig
 from trainer.datasets import Batch
 from trainer.distributed import DistContext
 from trainer.optim import make_optimizers
-from trainer.stage import Stage
+from trainer.stage import LossAndMetrics, Stage
 from trainer.state_files import SavedState, TensorDict
 
 
-class StageLoss(nn.Module):
-    """The stage's loss as a module: batch -> (sum of losses, number of tokens or pairs, {name: sum to log})."""
+def make_engine(config: TrainConfig, stage: Stage, dist: DistContext) -> "Engine":
+    """Return the engine of --parallel. One process always gets DDPEngine."""
+    if dist.world_size == 1 or config.parallel == "ddp":
+        return DDPEngine(config, stage, dist)
+    if config.parallel == "fsdp":
+        return FSDPEngine(config, stage, dist)
+    from trainer.zero import ZeroEngine  # needs DeepSpeed
 
-    def __init__(self, dist: DistContext, stage: Stage, model: nn.Module) -> None:
+    return ZeroEngine(config, stage, dist)
+
+
+class StageLoss(nn.Module):
+    """The stage's loss as a module: batch -> (sum of losses, {name: sum to log})."""
+
+    def __init__(self, stage: Stage, dist: DistContext, model: nn.Module) -> None:
         super().__init__()
         self.model, self.dist, self.compute_loss = model, dist, stage.compute_loss
 
-    def forward(self, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
+    def forward(self, batch: Batch) -> LossAndMetrics:
         with self.dist.autocast():
-            loss, count, *extras = self.compute_loss(self.model, batch)
-        return loss, count, extras[0] if extras else {}
+            return self.compute_loss(self.model, batch)
 
 
 class Engine:
-    """Engine of one process, or of several that each hold the whole model (DDP).
+    """Base of the engines. A subclass sets `module` and `optimizers`; a context manager, `close` releases resources.
 
-    `model`: the Transformer that is trained: stage.model here, a copy of it in the engines with sharded weights.
+    model: the Transformer that is trained: stage.model, or a copy of it whose weights are sharded.
     """
 
-    model: Transformer
-    module: Any  # StageLoss for training, wrapped by DDP, FSDP or DeepSpeed
-    eval_module: Any  # StageLoss for evaluation
+    module: Any  # StageLoss, wrapped by DDP, FSDP or DeepSpeed
     optimizers: list[torch.optim.Optimizer]
     replicated = True  # whether every process holds all unsharded tensors of `state_dict`
 
-    def __init__(self, dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
-        self.dist, self.args, self.stage = dist, args, stage
+    def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext, model: Transformer) -> None:
+        self.config, self.stage, self.dist, self.model = config, stage, dist, model
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-        self.build()
-        self.module.train()
 
-    def build(self) -> None:
-        self.model = self.stage.model.to(self.dist.device)
-        self.optimizers = self.make_optimizers()
-        self.module = self.eval_module = StageLoss(self.dist, self.stage, self.compile_model(self.model))
-        if self.dist.world_size > 1:
-            devices = [self.dist.device] if self.dist.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.eval_module, device_ids=devices)
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        args, fused = self.args, self.dist.device.type != "mps"
-        return make_optimizers(self.model, args.optimizer, args.learning_rate, args.weight_decay, fused)
+        config, fused = self.config, self.dist.device.type != "mps"
+        return make_optimizers(self.model, config.optimizer, config.learning_rate, config.weight_decay, fused)
 
-    def compile_model(self, model: nn.Module) -> nn.Module:
-        if not self.args.compile:
-            return model
+    def make_loss(self) -> StageLoss:
+        """Return the loss of the model, which --compile compiles. Raises UserError without a C++ compiler."""
+        if not self.config.compile:
+            return StageLoss(self.stage, self.dist, self.model)
         compilers = ("g++", "clang++", "c++", "cl")
         if self.dist.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
             raise UserError("--compile on a CPU needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
-        compiled: Any = torch.compile(model)
-        return compiled
+        return StageLoss(self.stage, self.dist, torch.compile(self.model))  # type: ignore[arg-type]
 
-    def forward_backward(self, batch: Batch, loss_scale: float, last: bool) -> tuple[Tensor, int, dict[str, Any]]:
-        """Accumulate the gradient of `loss_scale` x the loss of a micro-batch; average it over ranks after the `last`.
+    # ---- steps -------------------------------------------------------------------------------------------------------
+    def forward_backward(self, batch: Batch, loss_scale: Tensor, is_last: bool) -> LossAndMetrics:
+        """Accumulate the gradient of `loss_scale` x the loss of a micro-batch; average it over ranks after the last.
 
-        Returns what compute_loss returns: (sum of losses, number of tokens or pairs, {name: sum to log}).
+        Returns what compute_loss returns: (sum of losses, {name: sum to log}).
         """
-        is_accumulating = isinstance(self.module, DistributedDataParallel) and not last
+        is_accumulating = isinstance(self.module, DistributedDataParallel) and not is_last
         with self.module.no_sync() if is_accumulating else contextlib.nullcontext():
-            loss, count, extras = self.module(batch)
-            self.scaler.scale(loss * loss_scale).backward()
-        return loss.detach(), count, extras
+            loss, metrics = self.module(batch)
+            self.scaler.scale(loss * loss_scale.to(loss.dtype)).backward()
+        return loss.detach(), metrics
 
-    def optimizer_step(self, clip: float, loss_is_finite: bool) -> float:
-        """Clip the gradient to the norm `clip` (0: no clipping), update the weights, return the norm before clipping.
-
-        The weights stay unchanged if the loss or the norm is not finite.
-        """
+    def clip_gradient(self, max_norm: float) -> Tensor:
+        """Clip the gradient to `max_norm` (0: no clipping). Returns its norm before clipping, a scalar."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm: Any = nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip or math.inf)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm: Any = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return whole
+
+    def optimizer_step(self, is_finite: bool) -> None:
+        """Update the weights, unless the loss or the gradient is not finite, and free the gradient."""
         for optimizer in self.optimizers:
-            if self.scaler.is_enabled() or (loss_is_finite and math.isfinite(norm)):
+            if is_finite or self.scaler.is_enabled():
                 self.scaler.step(optimizer)  # with fp16 it skips a step with non-finite gradients
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return float(norm)
 
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
         """Inside, the model is in eval mode."""
         self.module.eval()
-        yield
-        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.train()
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
+    def evaluate(self, batch: Batch) -> LossAndMetrics:
         """Return the loss of a batch, without gradients. All processes must call it equally often."""
-        result: tuple[Tensor, int, dict[str, Any]] = self.eval_module(batch)
+        is_replicated = isinstance(self.module, DistributedDataParallel)
+        result: LossAndMetrics = (self.module.module if is_replicated else self.module)(batch)
         return result
 
+    # ---- state -------------------------------------------------------------------------------------------------------
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by their names in a checkpoint."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -137,22 +151,68 @@ class Engine:
                 state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in values.items()}
         return state
 
-    def load_state_dict(self, saved: SavedState) -> None:
-        """Load the optimizer state from a step folder. The weights of stage.model were loaded before `build`."""
+    def load_optimizer(self, saved: SavedState, scaler: dict[str, Any]) -> None:
+        """Load the optimizer state from a step folder. The weights of stage.model were loaded before.
+
+        scaler: state of the gradient scaler, {} unless the saved run used fp16.
+        """
+        if scaler:
+            self.scaler.load_state_dict(scaler)
         for optimizer in self.optimizers:
             init_optimizer_state(optimizer)
-            for parameter, name in [
-                (p, name) for name, p in self.trainable_parameters().items() if p in optimizer.state
-            ]:
-                if not any(key.startswith(f"optimizer.{name}.") for key in saved.tensors):
+            for name, parameter in self.trainable_parameters().items():
+                if parameter in optimizer.state and not any(
+                    key.startswith(f"optimizer.{name}.") for key in saved.tensors
+                ):
                     del optimizer.state[parameter]  # it had no optimizer step before the save
         saved.load({name: tensor for name, tensor in self.state_dict().items() if name.startswith("optimizer.")})
 
     def gather_weights(self) -> None:
-        """Copy the weights to stage.model on rank 0. Here they are the same tensors."""
+        """Copy the weights to stage.model on rank 0. Unsharded weights are the same tensors."""
 
     def close(self) -> None:
         """Release the resources of the engine."""
+
+
+class DDPEngine(Engine):
+    """One process, or several that each hold the whole model and average their gradients."""
+
+    def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
+        super().__init__(config, stage, dist, stage.model.to(dist.device))
+        self.optimizers = self.make_optimizers()
+        self.module = self.make_loss().train()
+        if dist.world_size > 1:
+            devices = [dist.device] if dist.device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.module, device_ids=devices)
+
+
+class FSDPEngine(Engine):
+    """FSDP2: tensors are sharded by rows; a layer's weights are gathered only while it is computed.
+
+    Gradients are reduced after every micro-batch: reducing only after the last would keep them unsharded until then.
+    """
+
+    def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
+        super().__init__(config, stage, dist, copy.deepcopy(stage.model))
+        mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        self.module = fully_shard(self.make_loss(), mesh=mesh).train()  # embeddings, last norm, output layer
+        self.optimizers = self.make_optimizers()
+
+    @contextlib.contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        with super().eval_mode():
+            yield
+        self.module.reshard()  # without a backward pass the gathered weights would stay in memory
+
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        target = dict(self.stage.model.named_parameters())
+        for name, parameter in self.trainable_parameters().items():
+            whole = parameter.full_tensor()  # type: ignore[attr-defined]
+            if self.dist.is_rank0:
+                target[name].copy_(whole)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Heartbeats between the ranks of a run: a killed, stopped or stuck rank ends the run with one error line.
+"""The process group of a run, and heartbeats between its ranks: a lost rank ends the run with one error line.
 
 Once per second a thread of every rank writes [count, step, state, host, process] to the rendezvous store, which
 torchrun or rank 0 hosts, and reads those of the other ranks. The count increases while the process runs, also while its
@@ -9,41 +9,80 @@ main thread trains, saves or waits, so long computations do not end the run. The
     15 s after that     if no collective fails: the thread calls os._exit
     launcher killed     the thread sends SIGTERM to its own process, as torchrun does: the loop saves and ends
 
-Read next: distributed.py (starts the heartbeat).
+Read next: distributed.py (the caller).
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed
 
 from common.errors import UserError
-from common.signals import print_error
+from common.signals import Terminated, handle_signals, print_error
 
 HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats of a rank
 SILENCE_LIMIT = 3.5 * HEARTBEAT_INTERVAL  # after a failed collective, a rank without a heartbeat for so long is lost
 FAILURE_GRACE = 6.0  # seconds in which the other ranks can report that the collective failed for them, too
 EXIT_DELAY = 15.0  # seconds between the timeout of collectives and os._exit
+NO_TIMEOUT = timedelta(days=365)
 RESUME_ADVICE = "the same command resumes from the last save"
 
 
 class RankState(Protocol):
     """The attributes of `DistContext` (distributed.py) that the heartbeat uses."""
 
+    device: torch.device
     rank: int
     world_size: int
+    barrier_group: Any
     step: int
     stop_requested: str
 
     def barrier(self) -> None: ...
+
+
+@contextlib.contextmanager
+def process_group(dist: RankState, timeout: float) -> Iterator[None]:
+    """Inside, the processes are connected by a process group and monitor each other by heartbeats."""
+    heartbeat, state = None, "ended"
+    try:
+        if dist.device.type == "cuda":  # +60 s: the heartbeat's one-line error comes before NCCL's long one
+            torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
+        else:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        dist.barrier_group = torch.distributed.new_group(backend="gloo", timeout=NO_TIMEOUT)
+        heartbeat = Heartbeat(dist, timeout)
+        yield
+        dist.barrier()  # without it, a process that exits early sometimes aborts the others
+        state = "done"
+    except (RuntimeError, Terminated) as error:  # the launcher sends SIGTERM to the other ranks if one is lost
+        connection_error = find_connection_error(error)
+        if connection_error is None:
+            raise
+        if heartbeat is None:
+            raise UserError(
+                f"cannot connect the {dist.world_size} processes: {short_message(connection_error)}"
+            ) from None
+        with handle_signals(lambda number, frame: None):
+            raise heartbeat.make_error(connection_error) from None
+    finally:
+        if heartbeat:
+            heartbeat.stop(state)
+        failed = heartbeat is not None and heartbeat.state == "failed"
+        # After a failure NCCL would wait for the lost ranks.
+        if torch.distributed.is_initialized() and not (failed and dist.device.type == "cuda"):
+            torch.distributed.destroy_process_group()
 
 
 class Heartbeat:

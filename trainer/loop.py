@@ -8,216 +8,169 @@
 Dividing by N makes gradient accumulation exact: batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2 accumulated, up to
 floating-point rounding. Data, learning rate and dropout seed depend only on the step number, so a killed run resumes
 from its last save and ends with the same weights as an uninterrupted one.
-Read next: stage.py, sampler.py, loss.py, engine.py, train_state.py.
+Read next: stage.py, datasets.py, loss.py, engine.py, train_state.py.
 """
 
-import argparse
+import dataclasses
 import math
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError
-from corpus.provenance import data_provenance, format_provenance
-from model.checkpoint import build_checkpoint
-from trainer.checkpoint_writer import CheckpointWriter, clone_checkpoint, with_run_lock
-from trainer.datasets import Batch, to_device
-from trainer.distributed import DistContext
-from trainer.engine import Engine
+from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
+from trainer.config import TrainConfig
+from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
+from trainer.distributed import DistContext, MetricSums
+from trainer.engine import Engine, make_engine
 from trainer.loss import IGNORE_INDEX
 from trainer.loss_guard import NonFiniteGuard
-from trainer.metrics import MetricLogger, MetricRow, format_metrics, open_wandb, peak_memory_mb
-from trainer.mixing import make_sampler
+from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
 from trainer.optim import set_learning_rate
-from trainer.parallel import make_engine
-from trainer.sampler import BatchSampler, MicroBatches, prefetch_batches, validation_batches
 from trainer.stage import Stage
 from trainer.startup import check_first_loss, log_startup
 from trainer.timer import TrainingTimer
-from trainer.train_state import TrainState, load_train_state, resolve_global_batch_size
+from trainer.train_state import TrainState, load_train_state, micro_batch_size
+
+STEP_KEYS = ("loss", "num_targets", "num_tokens", "num_positions", "stop_requests", "grad_norm", "skipped")
+
+
+class StopReason(Enum):
+    """Why the loop ends. After TIME and SIGNAL the same command resumes the run; the others are final."""
+
+    NONE = "the run continues"
+    COMPLETED = "the last step is done"
+    EARLY_STOP = "the stage ends the run"
+    TIME = "--max_minutes is over"
+    SIGNAL = "SIGINT, SIGTERM or SIGHUP"
+
+    def __bool__(self) -> bool:
+        return self is not StopReason.NONE
+
+    @property
+    def is_final(self) -> bool:
+        return self in (StopReason.COMPLETED, StopReason.EARLY_STOP)
 
 
 @with_run_lock
-def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
-    """Train until the last step, the time limit or a signal, then save. Returns the path of the checkpoint.
+def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
+    """Train until the last step, the time limit, an early stop or a signal, then save. Returns the checkpoint's path.
 
-    Raises UserError if the run has no steps, if it diverges or ends with non-finite values (loss_guard.py; the last
-    good save is kept), or if the resume folder belongs to another run.
+    Resumes an interrupted run of the same stage. Raises UserError if the run has no steps, if it diverges or ends with
+    non-finite values (loss_guard.py; the last good save is kept), or if the resume folder belongs to another run.
     """
-    path = stage.checkpoint_path(args.out_dir)
-    stage.model.activation_checkpointing = args.checkpoint_activations
-    rows_per_step = resolve_global_batch_size(dist, args, path)
-    sampler = make_sampler(stage.data, rows_per_step, args)
-    total = sampler.num_steps(args.max_steps, args.epochs)
-    if total < 1:  # an untrained model would replace the one at `path`
-        raise UserError(f"a run of {total} steps trains nothing: give --max_steps or --epochs above 0")
-    train_state, saved_state = load_train_state(dist, args, stage, path, rows_per_step)
-    log_startup(dist, args, stage, sampler, total)
-    engine = make_engine(dist, args, stage)
-    if saved_state:
-        engine.load_state_dict(saved_state)
-        if train_state.scaler:  # empty unless the saved run used fp16
-            engine.scaler.load_state_dict(train_state.scaler)
+    path = stage.checkpoint_path(config.out_dir)
+    stage.model.activation_checkpointing = config.checkpoint_activations
+    state, saved = load_train_state(config, stage, path, dist)
+    sampler = stage.data.batch_sampler(state.rows_per_step, config.seed)
+    total_steps = sampler.num_steps(config.max_steps, config.epochs)
+    if total_steps < 1:  # an untrained model would replace the one at `path`
+        raise UserError(f"a run of {total_steps} steps trains nothing: give --max_steps or --epochs above 0")
+    log_startup(config, stage, sampler, total_steps, dist)
+    engine = make_engine(config, stage, dist)
+    if saved:
+        engine.load_optimizer(saved, state.scaler)
     elif not stage.lineage:
-        check_first_loss(dist, args, stage, sampler, engine)
-    batches = MicroBatches(stage.data, sampler, args.batch_size, dist.rank, dist.world_size)
-    # If the saved run had stopped early, only its final validation and save are missing.
-    end = train_state.step if train_state.objection else total
-    logger = open_metric_logger(dist, args, stage, path, total, train_state.step)
-    writer = CheckpointWriter(dist, path, is_resuming=saved_state is not None)
-    guard = NonFiniteGuard(dist, args, stage, sampler, logger)
-    guard.start_from(train_state, resumed=saved_state is not None)
-    step_batches: list[Batch] = []
+        check_first_loss(config, stage, sampler, engine)
+    logger = MetricLogger(path.with_suffix(".jsonl"), stage.name, total_steps, state.step, dist.is_rank0)
+    if config.use_wandb and dist.is_rank0:
+        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
+    guard = NonFiniteGuard(config, stage, sampler, logger, dist)
+    guard.start_from(state, is_resumed=saved is not None)
+    rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
+    micro_batches_of_steps = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
+    timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
+    stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
+    last_step = state.step if stop else total_steps
 
-    def save(final: bool = False) -> str:
-        """Save and return "", or return why the state must not be saved."""
-        writer.wait()  # until the previous save is on disk
-        dist.barrier()  # wait for rank 0, which writes the most
-        engine.gather_weights()
-        if problem := guard.save_problem(engine, step_batches, final):
-            return problem
-        lineage = [*stage.lineage, lineage_entry(args, stage, train_state, stop_reason)]
-        content = None
-        if dist.is_rank0:
-            content = clone_checkpoint(build_checkpoint(stage.model, stage.name, stage.tokenizer, lineage))
-        writer.save(train_state, engine, content)
-        guard.mark_saved()
-        return ""
-
-    timer = TrainingTimer(args.max_minutes, train_state.step / max(total, 1), train_state.seconds)
-    # Why the run ends before its last step: pause_reason can be resumed (signal, time limit), stop_reason is final.
-    pause_reason, stop_reason = "", train_state.objection
-    is_save_due = is_stopped = False
-    try:
+    with engine, logger, CheckpointWriter(config, stage, engine, guard, saved is not None) as checkpoints:
         with dist.graceful_shutdown():
-            for step_batches in prefetch_batches(batches, train_state.step, end, args.num_workers):
-                if notice := sampler.notice_before(train_state.step):
+            for micro_batches in prefetch_batches(micro_batches_of_steps, state.step, last_step, config.num_workers):
+                if notice := sampler.notice_before(state.step):
                     logger.print(notice)
-                progress = max(train_state.step / total, timer.fraction)
-                lr = set_learning_rate(args, engine.optimizers, train_state.step, progress)
-                torch.manual_seed(hash((args.seed, train_state.step, dist.rank)) % 2**63)  # dropout of this step
-                timer.start_step()
-                result = train_step(dist, args, engine, stage, step_batches)
-                timer.end_step(dist)
-                train_state.update(result, timer.seconds)
-                dist.step = train_state.step
-                guard.check_step(result)
-                row = training_metrics(stage, train_state, result, lr, sampler, timer, total, dist.device.type)
-                logger.update_bar(train_state.step, format_metrics(row))
-                train_state.objection = stop_reason = stage.early_stop(row) if stage.early_stop else ""
-                pause_reason = "" if train_state.step == total or stop_reason else interruption(result, timer)
-                if is_stopped := bool(pause_reason and result["stop"]):
-                    dist.stop_requested = dist.stop_requested or "SIGTERM"  # received by another process
-                is_last = bool(pause_reason or stop_reason) or train_state.step == total
-                if train_state.step % args.log_interval == 0 or train_state.step == 1 or is_last:
-                    logger.log(row)
-                if is_last:
-                    break  # the final validation and save follow the loop
-                if train_state.step % args.eval_interval == 0:
-                    logger.log_validation(validate(dist, args, engine, stage, train_state, args.eval_tokens))
-                if is_save_due or train_state.step % args.save_interval == 0:
-                    is_save_due = guard.postpone_save(save(), is_save_due)
-            if problem := save(final=True):
-                raise guard.make_error(problem)
-            writer.wait()  # still inside graceful_shutdown, so that a second signal cannot interrupt the write
-        if stage.validation and not is_stopped:
-            train_state.validation = validate(dist, args, engine, stage, train_state, 8 * args.eval_tokens)
-            train_state.validation |= stage.final_metrics() if stage.final_metrics else {}
-            logger.log_validation(train_state.validation)
-            guard.check_validation(train_state.validation["val_loss"])
-            save(final=True)  # save again, with the validation results in the lineage
-        writer.close(complete=not pause_reason)
-    finally:
-        writer.abort()
-        engine.close()
-        logger.close()
-    dist.print0(f"saved {path}{describe_stop(train_state.step, total, pause_reason, stop_reason)}")
+                progress = max(state.step / total_steps, timer.fraction)
+                lr = set_learning_rate(config, engine.optimizers, state.step, progress)
+                seed_dropout(config.seed, state.step, dist.rank)
+                with timer.step():
+                    sums = train_step(engine, micro_batches)
+                state.update(sums, timer.seconds)
+                dist.step = state.step
+                guard.check_step(sums, micro_batches)
+                row = step_metrics(stage, state, sums) | sampler.step_metrics(state.step) | {"lr": lr}
+                row |= timer.metrics(sums["num_tokens"], total_steps - state.step)
+                row |= {"peak_memory_mb": peak_memory_mb(dist.device.type)}
+                state.objection = stage.early_stop(row)
+                stop = stop_reason(state, total_steps, timer, sums["stop_requests"])
+                logger.log(row, is_due=bool(stop) or state.step == 1 or state.step % config.log_interval == 0)
+                if stop:
+                    break
+                if state.step % config.eval_interval == 0:
+                    logger.log_validation(validate(engine, stage, state, config.eval_tokens))
+                if checkpoints.is_due(state.step):
+                    checkpoints.save(state)
+            if stop is StopReason.SIGNAL:  # which another process may have received
+                dist.stop_requested = dist.stop_requested or "SIGTERM"
+            checkpoints.save(state, final=True)
+            checkpoints.wait()  # still inside graceful_shutdown, so that a second signal cannot interrupt the write
+        if stage.validation and stop is not StopReason.SIGNAL:
+            state.validation = validate(engine, stage, state, 8 * config.eval_tokens) | stage.final_metrics()
+            logger.log_validation(state.validation)
+            guard.check_validation(state.validation["val_loss"])
+            checkpoints.save(state, final=True)  # save again, with the validation results in the lineage
+        checkpoints.finish(complete=stop.is_final)
+    dist.print0(f"saved {path}{describe_stop(stop, state, total_steps, config.max_minutes)}")
     return path
 
 
-def open_metric_logger(
-    dist: DistContext, args: argparse.Namespace, stage: Stage, path: Path, total: int, last_step: int
-) -> MetricLogger:
-    """Open the log next to the checkpoint, continued after step `last_step`; with --use_wandb also a wandb run."""
-    logger = MetricLogger(path.with_suffix(".jsonl"), stage.name, total, dist.is_rank0, last_step)
-    if args.use_wandb and dist.is_rank0:
-        logger.tracker = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
-    return logger
-
-
-def describe_stop(step: int, total: int, pause_reason: str, stop_reason: str) -> str:
-    """Return why a run ended before its last step, in parentheses, or "" if it did not."""
-    if stop_reason:
-        return f" (stopped at step {step} of {total}: {stop_reason})"
-    return f" ({pause_reason}, step {step} of {total}; run again to resume)" if pause_reason else ""
-
-
-def train_step(
-    dist: DistContext, args: argparse.Namespace, engine: Engine, stage: Stage, batches: list[Batch]
-) -> dict[str, float]:
+def train_step(engine: Engine, micro_batches: list[Batch]) -> dict[str, float]:
     """Make one optimizer step over this process's micro-batches. Returns sums over all processes.
 
-    Keys: loss (sum), tokens (trained tokens or pairs), real_tokens (tokens that are not padding), positions (all),
-    stop (number of processes with a stop signal), grad_norm (before clipping), skipped (1.0 if the loss or the norm is
-    not finite), and the sums that compute_loss returns.
+    Keys: loss (sum), num_targets (trained tokens or pairs), num_tokens (tokens that are not padding), num_positions
+    (all), stop_requests (number of processes with a stop signal), grad_norm (before clipping), skipped (whether the
+    loss or the norm is not finite), and the sums that compute_loss returns. The host waits for the device once.
     """
-    num_targets = dist.all_reduce_sum([float(sum(map(stage.count_targets, batches)))])[0]
+    dist, sums = engine.dist, MetricSums(engine.dist)
+    num_targets = dist.all_reduce(sums.number(sum(batch["num_targets"] for batch in micro_batches)))
     # 1 / N, times world_size because engines average gradients over processes.
-    loss_scale = dist.world_size / max(num_targets, 1.0)
-    sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real_tokens": 0.0, "positions": 0.0}
-    for i, batch in enumerate(batches):
-        is_last = i == len(batches) - 1
-        loss, count, extras = engine.forward_backward(to_device(batch, dist.device), loss_scale, last=is_last)
-        mask = batch["token_mask"]
-        accumulate(sums, {"loss": loss, "tokens": count, "real_tokens": mask.sum(), "positions": mask.numel()})
-        accumulate(sums, extras)
-    sums["stop"] = float(bool(dist.stop_requested))
-    total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
-    assert total["tokens"] == num_targets, "compute_loss and Stage.count_targets differ"
-    total["grad_norm"] = engine.optimizer_step(args.grad_clip, math.isfinite(total["loss"]))
-    total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(total["grad_norm"]))
-    return total
+    loss_scale = dist.world_size / num_targets.clamp(min=1)
+    for i, batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        loss, metrics = engine.forward_backward(to_device(batch, dist.device), loss_scale, is_last)
+        sums.add(loss=loss, num_targets=batch["num_targets"], num_tokens=batch["num_tokens"])
+        sums.add(num_positions=batch["labels"].numel(), **metrics)
+    sums.add(grad_norm=engine.clip_gradient(engine.config.grad_clip), stop_requests=bool(dist.stop_requested))
+    total = sums.reduce()
+    total["grad_norm"] /= dist.world_size  # equal on all of them
+    is_finite = math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"])
+    engine.optimizer_step(is_finite)
+    return total | {"skipped": not is_finite}
 
 
-def accumulate(sums: dict[str, float], values: dict[str, Any] | None = None) -> None:
-    """sums[name] += value, for numbers and scalar tensors alike."""
-    for name, value in (values or {}).items():
-        sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
-
-
-def validate(
-    dist: DistContext, args: argparse.Namespace, engine: Engine, stage: Stage, train_state: TrainState, max_tokens: int
-) -> MetricRow:
-    """Return the mean loss and metrics per trained token (or pair) of every validation split, with the training loss.
+def validate(engine: Engine, stage: Stage, state: TrainState, max_tokens: int) -> MetricRow:
+    """Return the mean loss and metrics per trained token (or pair) of every validation split.
 
     For token losses also bits_per_byte = loss sum / ln 2 / UTF-8 bytes of the trained tokens.
     """
-    bytes_per_token = torch.from_numpy(stage.tokenizer.byte_lengths())
-    row: MetricRow = {"step": train_state.step, f"{stage.loss_unit}s": train_state.tokens, "val_loss": {}}
+    dist, bytes_per_token = engine.dist, torch.from_numpy(stage.tokenizer.byte_lengths())
+    row: MetricRow = {"step": state.step, f"{stage.loss_unit}s": state.tokens, "val_loss": {}}
     for split, data in stage.validation.items():
-        sums = {"loss": 0.0, "count": 0.0, "bytes": 0.0}
+        sums = MetricSums(dist)
         with engine.eval_mode():
-            for batch in validation_batches(data, args.batch_size, dist.rank, dist.world_size, max_tokens):
-                loss, count, extras = engine.evaluate(to_device(batch, dist.device))
+            for batch in validation_batches(data, engine.config.batch_size, dist.rank, dist.world_size, max_tokens):
+                loss, metrics = engine.evaluate(to_device(batch, dist.device))
                 targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
-                accumulate(sums, {"loss": loss, "count": count, "bytes": bytes_per_token[targets].sum()})
-                accumulate(sums, extras)
-        total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
-        loss_sum, trained, n_bytes = (total.pop(name) for name in ("loss", "count", "bytes"))
-        row["val_loss"][split] = loss_sum / max(trained, 1)
+                sums.add(loss=loss, num_targets=batch["num_targets"], utf8_bytes=bytes_per_token[targets].sum())
+                sums.add(**metrics)
+        total = sums.reduce()
+        loss_sum, num_targets, utf8_bytes = (total.pop(name) for name in ("loss", "num_targets", "utf8_bytes"))
+        row["val_loss"][split] = loss_sum / max(num_targets, 1)
         if stage.loss_unit == "token":
-            row.setdefault("bits_per_byte", {})[split] = loss_sum / math.log(2) / max(n_bytes, 1)
-        for name, value in mean_metrics(total, trained).items():
+            row.setdefault("bits_per_byte", {})[split] = loss_sum / math.log(2) / max(utf8_bytes, 1)
+        for name, value in mean_metrics(total, num_targets).items():
             row.setdefault(f"val_{name}", {})[split] = value
     return row
-
-
-def interruption(result: dict[str, float], timer: TrainingTimer) -> str:
-    """Return why the run has to pause before its last step, or ""."""
-    if result["stop"]:
-        return "SIGINT, SIGTERM or SIGHUP"
-    return f"the time limit of {timer.limit_seconds / 60:g} minutes is reached" if timer.is_expired else ""
 
 
 def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
@@ -225,52 +178,40 @@ def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
     return {name: value / max(count, 1) for name, value in sums.items() if value or name != "aux_loss"}
 
 
-def training_metrics(
-    stage: Stage,
-    train_state: TrainState,
-    result: dict[str, float],
-    lr: float,
-    sampler: BatchSampler,
-    timer: TrainingTimer,
-    total: int,
-    device_type: str,
-) -> MetricRow:
-    """Return the log row of a training step: losses per token or pair, speed, memory, and the sampler's metrics."""
-    own_keys = ("loss", "tokens", "real_tokens", "positions", "stop", "grad_norm", "skipped")
-    extras = {name: value for name, value in result.items() if name not in own_keys}
+def step_metrics(stage: Stage, state: TrainState, sums: dict[str, float]) -> MetricRow:
+    """Return the entries of a log row that come from the sums of a training step."""
+    extras = {name: value for name, value in sums.items() if name not in STEP_KEYS}
     return {
-        "step": train_state.step,
-        "epoch": (train_state.step - 1) / sampler.steps_per_epoch,
-        "loss": result["loss"] / max(result["tokens"], 1),
-        **mean_metrics(extras, result["tokens"]),
-        "lr": lr,
-        f"{stage.loss_unit}s": train_state.tokens,
-        "tokens_per_second": result["real_tokens"] / max(timer.step_seconds, 1e-9),
-        "token_fraction": result["real_tokens"] / max(result["positions"], 1),
-        "grad_norm": result["grad_norm"],
-        **sampler.step_metrics(train_state.step),
-        "seconds": train_state.seconds,
-        "seconds_left": timer.seconds_left(total - train_state.step),
-        "peak_memory_mb": peak_memory_mb(device_type),
+        "step": state.step,
+        "loss": state.loss,
+        **mean_metrics(extras, sums["num_targets"]),
+        f"{stage.loss_unit}s": state.tokens,
+        "token_fraction": sums["num_tokens"] / max(sums["num_positions"], 1),
+        "grad_norm": sums["grad_norm"],
     }
 
 
-def lineage_entry(
-    args: argparse.Namespace, stage: Stage, train_state: TrainState, stop_reason: str = ""
-) -> dict[str, Any]:
-    """Return the entry of this stage in the lineage of its checkpoint."""
-    unit_key = f"{stage.loss_unit}s"
-    return {
-        "stage": stage.name,
-        "data": str(args.data_path),
-        **stage.mix,
-        **({"data_history": provenance} if (provenance := format_provenance(data_provenance(args.data_path))) else {}),
-        "steps": train_state.step,
-        unit_key: train_state.tokens,
-        "seconds": train_state.seconds,
-        "loss": train_state.loss,
-        "validation": {name: value for name, value in train_state.validation.items() if name not in ("step", unit_key)},
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        **({"stopped": stop_reason} if stop_reason else {}),
-    }
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed torch for the dropout of a step: a resumed run draws the same masks."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def stop_reason(state: TrainState, total_steps: int, timer: TrainingTimer, stop_requests: float = 0) -> StopReason:
+    """Return why the loop ends after this step, or NONE."""
+    if state.objection:
+        return StopReason.EARLY_STOP
+    if state.step >= total_steps:
+        return StopReason.COMPLETED
+    if stop_requests:
+        return StopReason.SIGNAL
+    return StopReason.TIME if timer.is_expired else StopReason.NONE
+
+
+def describe_stop(stop: StopReason, state: TrainState, total_steps: int, max_minutes: float) -> str:
+    """Return why a run ended before its last step, in parentheses, or "" if it did not."""
+    if stop is StopReason.COMPLETED:
+        return ""
+    if stop is StopReason.EARLY_STOP:
+        return f" (stopped at step {state.step} of {total_steps}: {state.objection})"
+    reason = f"the time limit of {max_minutes:g} minutes is reached" if stop is StopReason.TIME else stop.value
+    return f" ({reason}, step {state.step} of {total_steps}; run again to resume)"

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from model.checkpoint import unwrap_model
 
 IGNORE_INDEX = -100  # the label of a position that is not trained
 LOGITS_CHUNK = 1024  # positions per chunk
@@ -55,22 +53,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def output_weight(model: nn.Module) -> Tensor:
-    """Return the output layer's weight, (vocab, dim), also of a model wrapped by DDP or torch.compile."""
-    return unwrap_model(model).lm_head.weight
-
-
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Return the sum of -log p(label) over the trained positions (a scalar, fp32) and the number of these positions.
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of -log p(label) over the trained positions: a scalar, fp32.
 
     hidden: (batch, seq, dim), the output of the model. weight: (vocab, dim), the output layer.
     labels: (batch, seq), IGNORE_INDEX where nothing is trained; logits are computed only at the other positions.
     A batch without trained positions gives 0 with zero gradients.
     """
-    rows, targets, count = trained_positions(hidden, labels)
+    rows, targets, _ = trained_positions(hidden, labels)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _ChunkedCrossEntropy.apply(rows, weight, targets, dtype), count
+    loss: Tensor = _ChunkedCrossEntropy.apply(rows, weight, targets, dtype)
+    return loss
 
 
 def trained_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:

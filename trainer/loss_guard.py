@@ -15,7 +15,6 @@ sums over all processes, so that all processes decide alike.
 Read next: loop.py (the caller), checkpoint_writer.py.
 """
 
-import argparse
 import math
 from collections import deque
 
@@ -23,8 +22,9 @@ import torch
 
 from common.errors import UserError
 from common.files import remove, write_text
+from trainer.config import TrainConfig
 from trainer.datasets import Batch, to_device
-from trainer.distributed import DistContext
+from trainer.distributed import DistContext, MetricSums
 from trainer.engine import Engine
 from trainer.metrics import MetricLogger
 from trainer.sampler import BatchSampler
@@ -42,10 +42,10 @@ class NonFiniteGuard:
     """Checks every step: prints skipped ones, ends the run (UserError), and decides whether a state may be saved."""
 
     def __init__(
-        self, dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, logger: MetricLogger
+        self, config: TrainConfig, stage: Stage, sampler: BatchSampler, logger: MetricLogger, dist: DistContext
     ) -> None:
-        self.dist, self.sampler, self.logger, self.max_loss_ratio = dist, sampler, logger, args.max_loss_ratio
-        self.note_path = resume_path(stage.checkpoint_path(args.out_dir)) / "note.txt"
+        self.dist, self.sampler, self.logger, self.max_loss_ratio = dist, sampler, logger, config.max_loss_ratio
+        self.note_path = resume_path(stage.checkpoint_path(config.out_dir)) / "note.txt"
         self.vocabulary_loss = math.log(stage.model.config.vocab_size)
         self.min_first_loss = MIN_PAIR_LOSS if stage.loss_unit == "pair" else self.vocabulary_loss / 2
         self.is_untrained = not stage.lineage
@@ -56,11 +56,12 @@ class NonFiniteGuard:
         self.saved_step = 0  # the step of the newest step folder
         self.train_state = TrainState()
         self.step_problem = ""  # why the state after the last step is not valid, or ""
+        self.micro_batches: list[Batch] = []  # of the last step
 
-    def start_from(self, train_state: TrainState, resumed: bool) -> None:
+    def start_from(self, train_state: TrainState, is_resumed: bool) -> None:
         """Start after the steps of `train_state`. If the guard ended the earlier run, print its note."""
         self.train_state = train_state
-        if resumed:
+        if is_resumed:
             self.saved_step = train_state.step
             if self.note_path.is_file():
                 self.logger.print(
@@ -77,11 +78,11 @@ class NonFiniteGuard:
         )
 
     # ---- every step --------------------------------------------------------------------------------------------------
-    def check_step(self, result: dict[str, float]) -> None:
+    def check_step(self, metrics: dict[str, float], micro_batches: list[Batch]) -> None:
         """Check the step that `train_state` has just counted. Raises UserError if the run must end."""
-        self.num_steps += 1
-        if result["skipped"]:
-            self.record_skip("loss" if not math.isfinite(result["loss"]) else "gradient")
+        self.num_steps, self.micro_batches = self.num_steps + 1, micro_batches
+        if metrics["skipped"]:
+            self.record_skip("loss" if not math.isfinite(metrics["loss"]) else "gradient")
             return
         loss = self.train_state.loss
         self.num_trained, self.num_skipped, self.step_problem = self.num_trained + 1, 0, ""
@@ -117,7 +118,7 @@ class NonFiniteGuard:
         return f"the loss has risen to {loss:.4g}, above {limit}"
 
     # ---- saves -------------------------------------------------------------------------------------------------------
-    def save_problem(self, engine: Engine, batches: list[Batch], final: bool) -> str:
+    def save_problem(self, engine: Engine, final: bool) -> str:
         """Return why the state after the last step is not valid, or "". All processes must call it.
 
         Compares the new loss with the divergence limit; for the final save, which cannot be postponed, the mean loss.
@@ -126,7 +127,7 @@ class NonFiniteGuard:
             return self.step_problem
         if self.num_steps and not self.num_trained:
             return "all steps were skipped"
-        largest, loss = max_abs_value(engine), micro_batch_loss(self.dist, engine, batches)
+        largest, loss = max_abs_value(engine), micro_batch_loss(self.dist, engine, self.micro_batches)
         if self.dist.all_reduce_sum([float(not math.isfinite(largest))])[0]:
             return "a weight or a number of the optimizer's state is not finite"
         if loss is None:
@@ -141,12 +142,6 @@ class NonFiniteGuard:
         self.saved_step = self.train_state.step
         if self.dist.is_rank0:
             remove(self.note_path)
-
-    def postpone_save(self, problem: str, is_postponed: bool) -> bool:
-        """Return whether a due save is postponed because of a problem; print the first postponement."""
-        if problem and not is_postponed:
-            self.logger.print(f"step {self.train_state.step} is not saved: {problem}; the next valid step will be")
-        return bool(problem)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     def make_error(self, step_problem: str, advice: str = "") -> UserError:
@@ -186,6 +181,8 @@ def micro_batch_loss(dist: DistContext, engine: Engine, batches: list[Batch]) ->
     if not batches:
         return None
     with engine.eval_mode():
-        loss, count, _ = engine.evaluate(to_device(batches[0], dist.device))
-    total, counted = dist.all_reduce_sum([float(loss), float(count)])
-    return total / max(counted, 1)
+        loss, _ = engine.evaluate(to_device(batches[0], dist.device))
+    sums = MetricSums(dist)
+    sums.add(loss=loss, num_targets=batches[0]["num_targets"])
+    total = sums.reduce()
+    return total["loss"] / max(total["num_targets"], 1)

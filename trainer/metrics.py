@@ -48,10 +48,9 @@ class MetricLogger:
     On a terminal it shows a progress bar; elsewhere it prints a line per logged step.
     """
 
-    def __init__(self, path: Path, title: str, total_steps: int, is_rank0: bool, last_step: int = 0) -> None:
+    def __init__(self, path: Path, title: str, total_steps: int, last_step: int, is_rank0: bool) -> None:
         self.path, self.title, self.is_rank0 = path, title, is_rank0
         self.total_steps = total_steps
-        self.smooth_loss: float | None = None
         self.bar: Progress | None = None
         self.tracker: Callable[[MetricRow], None] | None = None
         if not is_rank0:
@@ -72,6 +71,12 @@ class MetricLogger:
             self.task = self.bar.add_task(title, total=total_steps, completed=last_step, text="")
             self.bar.start()
 
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if self.is_rank0:
@@ -80,14 +85,11 @@ class MetricLogger:
             else:
                 print(text, flush=True)
 
-    def update_bar(self, step: int, shown: str) -> None:
-        """Update the progress bar. Called at every step."""
+    def log(self, row: MetricRow, is_due: bool) -> None:
+        """Show a training step in the progress bar. If it is due, log it to the file, to wandb and to the terminal."""
         if self.is_rank0 and self.bar:
-            self.bar.update(self.task, completed=step, text=shown)
-
-    def log(self, row: MetricRow) -> None:
-        """Log a training step to the file, to wandb and, without a progress bar, to the terminal."""
-        if not self.is_rank0:
+            self.bar.update(self.task, completed=row["step"], text=format_metrics(row))
+        if not self.is_rank0 or not is_due:
             return
         self.write_row(row)
         if not self.bar:

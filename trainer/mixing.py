@@ -11,10 +11,9 @@ with it the epoch and the position in the component's order. So a killed run res
 stages, and memory does not grow with the data. A component of both stages continues in stage 2 where stage 1 ended.
 
 Reads   training shards that are labelled with language and source.
-Read next: ../corpus/mixing.py (the weights), shuffle.py, sampler.py (without a mixture).
+Read next: ../corpus/mixing.py (the weights), sampler.py (without a mixture).
 """
 
-import argparse
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,9 @@ import numpy as np
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
 from corpus.mixing import MixComponent, mix_components, unused_tokens
+from trainer.config import MixFlags
 from trainer.datasets import Batch, PackedDataset, TokenDataset
-from trainer.sampler import BatchSampler
-from trainer.shuffle import EpochOrder
+from trainer.sampler import BatchSampler, EpochOrder
 
 ROUND_ROWS = 10_000  # rows in which every component gets exactly its fraction
 MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff et al. 2023, arXiv:2305.16264
@@ -35,10 +34,15 @@ MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff
 
 @dataclass
 class MixSchedule:
-    """The components of one or two stages. `stage2_at`: first step of stage 2, or below 1 the fraction of steps."""
+    """The components of one or two stages. `stage2_at`: first step of stage 2, or below 1 the fraction of steps.
+
+    The length of the run is `max_steps`, or, if it is 0, `epochs`. unused: tokens of the labels in no component.
+    """
 
     stages: list[list[MixComponent]]
     stage2_at: float = 0.0
+    max_steps: int = 0
+    epochs: float = 1.0
     unused: dict[str, int] = field(default_factory=dict)
 
     def switch_step(self, total_steps: int) -> int:
@@ -47,7 +51,7 @@ class MixSchedule:
             return total_steps + 1
         return round(self.stage2_at * total_steps) if self.stage2_at < 1 else int(self.stage2_at)
 
-    def to_dict(self, args: argparse.Namespace) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the entries for the lineage; a resumed run must have the same ones."""
         stages = {
             "mix" if i == 0 else "stage2_mix": {component.name: round(component.weight, 6) for component in components}
@@ -55,30 +59,30 @@ class MixSchedule:
         }
         if len(self.stages) == 1:
             return stages
-        length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"  # sets the step of the switch
+        length = f"{self.max_steps} steps" if self.max_steps else f"{self.epochs} epochs"  # sets the step of the switch
         return stages | {"stage2_at": self.stage2_at, "length": length}
 
 
-def read_mix_schedule(args: argparse.Namespace) -> MixSchedule:
-    """Return the mixture of the flags for the shards in --data_path. Raises UserError if flags or data do not fit."""
-    if bool(args.stage2_mix) != bool(args.stage2_at):
+def read_mix_schedule(data_path: str, flags: MixFlags, max_steps: int = 0, epochs: float = 1) -> MixSchedule:
+    """Return the mixture of the flags for the shards in `data_path`. Raises UserError if flags or data do not fit."""
+    if bool(flags.stage2_mix) != bool(flags.stage2_at):
         raise UserError(
             "--stage2_mix sets the mixture of stage 2, --stage2_at its first step (0.7: after 70 % of the steps): "
             "give both"
         )
-    if not args.mix:
+    if not flags.mix:
         raise UserError("--stage2_mix, --stage2_at and --mix_temperature need --mix: the mixture of stage 1")
-    shards = read_meta(args.data_path)["splits"]["train"]["shards"]
-    specs = [args.mix, *([args.stage2_mix] if args.stage2_mix else [])]
-    stages = [mix_components(shards, spec, args.mix_temperature) for spec in specs]
-    return MixSchedule(stages, args.stage2_at, unused_tokens(shards, *stages))
+    shards = read_meta(data_path)["splits"]["train"]["shards"]
+    specs = [flags.mix, *([flags.stage2_mix] if flags.stage2_mix else [])]
+    stages = [mix_components(shards, spec, flags.mix_temperature) for spec in specs]
+    return MixSchedule(stages, flags.stage2_at, max_steps, epochs, unused_tokens(shards, *stages))
 
 
-class MixedDataset:
+class MixedDataset(TokenDataset):
     """The concatenated rows of all components of a mixture."""
 
     def __init__(self, folder: str, schedule: MixSchedule, seq_len: int) -> None:
-        self.schedule, self.seq_len, self.folder = schedule, seq_len, Path(folder)
+        self.schedule, self.seq_len, self.folder, self.mixture = schedule, seq_len, Path(folder), schedule.to_dict()
         components = {component.name: component for stage in schedule.stages for component in stage}
         self.components = {
             name: PackedDataset(folder, "train", seq_len, component.contains) for name, component in components.items()
@@ -92,8 +96,8 @@ class MixedDataset:
     def __len__(self) -> int:
         return sum(self.sizes.values())
 
-    def lengths(self) -> None:
-        return None  # all rows have the same length
+    def batch_sampler(self, global_batch_size: int, seed: int) -> BatchSampler:
+        return MixSampler(self, global_batch_size, seed)
 
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows)
@@ -152,10 +156,10 @@ def largest_remainder(weights: list[float], rows: int) -> np.ndarray:
 class MixSampler(BatchSampler):
     """The rows of every step of a mixture. Each component has its own epochs; the mixture has none."""
 
-    def __init__(self, data: MixedDataset, global_batch_size: int, seed: int, max_steps: int, epochs: float) -> None:
+    def __init__(self, data: MixedDataset, global_batch_size: int, seed: int) -> None:
         super().__init__(data.epoch_rows, None, global_batch_size, seed)
         self.data = data
-        self.total_steps = self.num_steps(max_steps, epochs)
+        self.total_steps = self.num_steps(data.schedule.max_steps, data.schedule.epochs)
         self.switch_step = data.schedule.switch_step(self.total_steps)
         if len(data.schedule.stages) == 2 and not 0 < self.switch_step < self.total_steps:
             raise UserError(
@@ -201,9 +205,9 @@ class MixSampler(BatchSampler):
         return f"stage 2 begins at step {step + 1}: {format_weights(self.data.schedule.stages[1])}"
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """Return the log entries of step number `step` (counted from 1): its stage, and tokens by component so far."""
+        """Add the stage of the mixture, and the tokens of each component so far."""
         tokens = {name: rows * self.data.seq_len for name, rows in self.rows_consumed(step).items()}
-        return {"mix": {"stage": 1 + self._stage(step - 1), "tokens": tokens}}
+        return super().step_metrics(step) | {"mix": {"stage": 1 + self._stage(step - 1), "tokens": tokens}}
 
     def summary(self) -> str:
         """Return a table of the components: weight, available tokens, tokens to train, number of epochs."""
@@ -235,10 +239,3 @@ class MixSampler(BatchSampler):
 
 def format_weights(components: list[MixComponent]) -> str:
     return ", ".join(f"{component.name} {component.weight:.1%}" for component in components)
-
-
-def make_sampler(data: TokenDataset, global_batch_size: int, args: argparse.Namespace) -> BatchSampler:
-    """Return a MixSampler for a mixture, else a BatchSampler."""
-    if isinstance(data, MixedDataset):
-        return MixSampler(data, global_batch_size, args.seed, args.max_steps, args.epochs)
-    return BatchSampler(len(data), data.lengths(), global_batch_size, args.seed)

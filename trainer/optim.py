@@ -9,7 +9,6 @@ about rate x dim, so narrow models need a higher rate.
 Read next: loop.py.
 """
 
-import argparse
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from common.errors import UserError
 from model.transformer import Transformer
+from trainer.config import TrainConfig
 
 
 def embedding_lr_multiplier(dim: int) -> float:
@@ -121,38 +121,34 @@ def muon_momentum(step: int) -> float:
     return 0.7 + 0.25 * min(step / 1000, 1.0)
 
 
-def lr_multiplier(
-    step: int, fraction_done: float, warmup: int, kind: str, final_multiplier: float, warmup_share: float = 0.0
-) -> float:
+def lr_multiplier(config: TrainConfig, step: int, fraction_done: float) -> float:
     """Return the multiplier of the peak learning rate at `step` (from 0), after `fraction_done` in [0, 1] of the run.
 
-    Linear warm-up over `warmup` steps, then cosine or linear decay to `final_multiplier`. With `warmup_share` the
+    Linear warm-up over --warmup_iters steps, then cosine or linear decay to --min_lr_ratio. With --warmup_ratio the
     warm-up takes that fraction of the run instead and the decay the remaining one, as in transformers: the rate of
     step 0 is 0.
     """
-    if warmup_share:
-        if fraction_done < warmup_share:
-            return fraction_done / warmup_share
-        fraction_done = (fraction_done - warmup_share) / (1 - warmup_share)
-    elif step < warmup:
-        return (step + 1) / (warmup + 1)
-    fraction_done = min(max(fraction_done, 0.0), 1.0)
-    decay = 0.5 * (1 + math.cos(math.pi * fraction_done)) if kind == "cosine" else 1 - fraction_done
-    return final_multiplier + (1 - final_multiplier) * decay
+    steps, ratio = config.warmup
+    if fraction_done < ratio:
+        return fraction_done / ratio
+    if step < steps:
+        return (step + 1) / (steps + 1)
+    fraction_done = min(max((fraction_done - ratio) / (1 - ratio), 0.0), 1.0)
+    decay = 0.5 * (1 + math.cos(math.pi * fraction_done)) if config.schedule == "cosine" else 1 - fraction_done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
 
 
 def set_learning_rate(
-    args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, fraction_done: float
+    config: TrainConfig, optimizers: list[torch.optim.Optimizer], step: int, fraction_done: float
 ) -> float:
     """Set the learning rate of every parameter group, and Muon's momentum, for this step. Returns the learning rate.
 
     `fraction_done`: fraction of the run that is done, in [0, 1].
     """
-    warmup_share = vars(args).get("warmup_share", 0.0)
-    multiplier = lr_multiplier(step, fraction_done, args.warmup_iters, args.schedule, args.final_lr_share, warmup_share)
+    learning_rate = config.learning_rate * lr_multiplier(config, step, fraction_done)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * multiplier * group.get("lr_multiplier", 1.0)
+            group["lr"] = learning_rate * group.get("lr_multiplier", 1.0)
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step)
-    return args.learning_rate * multiplier
+    return learning_rate

@@ -1,23 +1,23 @@
 """Batch sampler: selects the rows of each step. They depend only on the seed and the step, so runs resume exactly.
 
     epoch = step // steps_per_epoch          rows of a step = a slice of the epoch's shuffled order
-    global batch = batch_size x processes x accumulation_steps rows, split into micro-batches of batch_size rows
 
-Read next: loop.py (iterates over batches), datasets.py (the rows), mixing.py (the sampler of mixtures).
+The shuffled order has random access and constant memory. An array of shuffled row ids would grow with the data: 40 MB
+and half a second for 5 GB of tokens, in every process. A Feistel network needs no array. It splits a number into two
+halves and XORs each with a hash of the other. Every round is invertible, so the network is a permutation, of a power of
+four. A result of n or more goes through the network again until it is below n (cycle walking: Black & Rogaway, Ciphers
+with Arbitrary Finite Domains, CT-RSA 2002).
+Read next: datasets.py (row ids -> batches), mixing.py (the sampler of mixtures).
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, get_worker_info
-
-from common.errors import UserError
-from trainer.datasets import Batch, TokenDataset, empty_batch
-from trainer.shuffle import EpochOrder
 
 SORT_POOL = 64  # global batches per pool that is sorted by length; larger pools need less padding but shuffle less
+BLOCK_ROWS = 1024  # positions computed in one vectorised call
+FEISTEL_ROUNDS = 6  # four rounds suffice in cryptography, but for small n their orders are not uniform enough
 
 
 class BatchSampler:
@@ -68,79 +68,62 @@ class BatchSampler:
         return ""
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """Return entries for the metrics log after `step` steps."""
-        return {}
+        """Return the log entries of step number `step` (counted from 1)."""
+        return {"epoch": (step - 1) / self.steps_per_epoch}
 
 
-class MicroBatches(Dataset[Any]):
-    """Maps a step number to the list of micro-batches that this process trains on in that step.
+# ---- shuffled orders -------------------------------------------------------------------------------------------------
+class FeistelPermutation:
+    """A permutation of 0 ... n - 1 that is determined by n and the keys."""
 
-    All processes get the same number of micro-batches; one without rows left gets a batch without trained tokens.
-    """
+    def __init__(self, n: int, *keys: int) -> None:
+        self.n = n
+        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)  # bits of each half
+        self.mask = np.uint64((1 << self.half) - 1)
+        self.keys = np.random.default_rng(keys).integers(0, 2**64, FEISTEL_ROUNDS, dtype=np.uint64)
 
-    def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
-        self.data, self.sampler = data, sampler
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows at these positions, each in 0 ... n - 1; int64, the shape of `positions`."""
+        rows = self._network(np.asarray(positions).astype(np.uint64))
+        while (outside := rows >= self.n).any():
+            rows[outside] = self._network(rows[outside])
+        return rows.astype(np.int64)
 
-    def __getitem__(self, step: int) -> Any:
-        """Return the micro-batches. A worker process returns a UserError, because raising it prints a traceback."""
-        try:
-            return self.micro_batches(step)
-        except UserError as error:
-            if get_worker_info() is None:
-                raise
-            return error
-
-    def micro_batches(self, step: int) -> list[Batch]:
-        row_ids = self.sampler.row_ids(step)
-        stride = self.batch_size * self.world_size
-        return [
-            self.micro_batch(row_ids[start + self.rank * self.batch_size : start + (self.rank + 1) * self.batch_size])
-            for start in range(0, len(row_ids), stride)
-        ]
-
-    def micro_batch(self, row_ids: np.ndarray) -> Batch:
-        if len(row_ids):
-            return self.data.batch(row_ids)
-        return empty_batch(self.data)
+    def _network(self, numbers: np.ndarray) -> np.ndarray:
+        half = np.uint64(self.half)
+        left, right = numbers >> half, numbers & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_scramble(right ^ key) & self.mask)
+        return (left << half) | right
 
 
-def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of steps first ... last - 1, loaded in advance by `num_workers` worker processes.
-
-    Raises UserError if the data is damaged.
-    """
-    loader: Any = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+def _scramble(numbers: np.ndarray) -> np.ndarray:
+    """The mixing function of splitmix64: each output bit depends on all input bits. Overflow of uint64 is intended."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
-def validation_batches(
-    data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
-) -> Iterator[Batch]:
-    """Yield this process's validation batches; those of all processes hold about `max_tokens` tokens. Rows are fixed.
+class EpochOrder:
+    """An infinite order: a new permutation of n rows for every epoch. Caches the last two blocks of positions."""
 
-    All processes get the same number of batches, because sharded weights are gathered by collectives. The last batch of
-    a process may have no trained tokens.
-    """
-    lengths, num_tokens, num_batches = data.lengths(), 0, 0
-    order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
-    for start in range(0, len(data), batch_size):
-        if num_tokens >= max_tokens:
-            break
-        positions = np.arange(start, min(start + batch_size, len(data)))
-        batch = data.batch(positions if order is None else order[positions])
-        num_tokens += batch["input_ids"].numel()
-        if num_batches % world_size == rank:
-            yield batch
-        num_batches += 1
-    if num_batches == 0 or rank >= num_batches % world_size > 0:
-        yield empty_batch(data)
+    def __init__(self, n: int, *keys: int) -> None:
+        self.n, self.keys = n, keys
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def row_ids(self, first: int, count: int) -> np.ndarray:
+        """Return the rows at positions first ... first + count - 1, (count,), int64."""
+        numbers = range(first // BLOCK_ROWS, (first + max(count, 1) - 1) // BLOCK_ROWS + 1)
+        return np.concatenate([self._block(number) for number in numbers])[first - numbers[0] * BLOCK_ROWS :][:count]
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._blocks:
+            epochs, positions = np.divmod(np.arange(number * BLOCK_ROWS, (number + 1) * BLOCK_ROWS), self.n)
+            rows = np.zeros(BLOCK_ROWS, np.int64)
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                rows[here] = FeistelPermutation(self.n, *self.keys, epoch)(positions[here])
+            if len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = rows
+        return self._blocks[number]

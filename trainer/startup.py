@@ -3,11 +3,12 @@
 Read next: loop.py.
 """
 
-import argparse
 import math
 
 from corpus.provenance import data_provenance, format_provenance
 from model.rope import rope_summary
+from trainer.config import TrainConfig
+from trainer.datasets import to_device
 from trainer.distributed import DistContext
 from trainer.engine import Engine
 from trainer.memory import training_memory
@@ -17,40 +18,39 @@ from trainer.stage import Stage
 FIRST_LOSS_TOLERANCE = 0.15  # nats; an untrained model's loss is ln(vocabulary) ± this
 
 
-def log_startup(
-    dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, total_steps: int
-) -> None:
+def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_steps: int, dist: DistContext) -> None:
     """Print parameters, tokens per step, steps and the memory estimate."""
     if not dist.is_rank0:
         return
-    config = stage.model.config
+    model_config = stage.model.config
     parameters, active = stage.model.count_parameters()
     size_text = f"{parameters / 1e6:.1f} M parameters" + (
         f" ({active / 1e6:.1f} M active)" if active != parameters else ""
     )
-    how = f"{args.parallel}, " if dist.world_size > 1 else ""
+    how = f"{config.parallel}, " if dist.world_size > 1 else ""
     dist.print0(
-        f"{stage.name}: {size_text}, vocabulary {config.vocab_size}, {dist.world_size} process(es) on {dist.device}, "
-        f"{str(dist.dtype).removeprefix('torch.')}, {how}{args.optimizer}, peak lr {args.learning_rate:g}"
+        f"{stage.name}: {size_text}, vocabulary {model_config.vocab_size}, {dist.world_size} process(es) on "
+        f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}, {how}{config.optimizer}, "
+        f"peak lr {config.learning_rate:g}"
     )
-    if scaling := rope_summary(config):
+    if scaling := rope_summary(model_config):
         dist.print0(f"RoPE scaling: {scaling}")
-    if provenance := format_provenance(data_provenance(args.data_path)):
+    if provenance := format_provenance(data_provenance(config.data_path)):
         dist.print0(f"data: {provenance}")
     lengths = stage.data.lengths()
-    mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
+    mean_length = model_config.max_seq_len if lengths is None else float(lengths.mean())
     rows = "rows" if stage.loss_unit == "token" else f"{stage.loss_unit}s"
-    minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
+    minutes = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
     dist.print0(
         f"{len(stage.data):,} {rows}, {sampler.global_batch_size} {rows} = "
         f"{sampler.global_batch_size * mean_length:,.0f} tokens per step, "
         f"{sampler.steps_per_epoch:,} steps per epoch, {total_steps:,} steps in all{minutes}"
     )
-    longest = config.max_seq_len if lengths is None else int(lengths.max())
+    longest = model_config.max_seq_len if lengths is None else int(lengths.max())
     num_trainable = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     estimate = training_memory(
-        config, args.batch_size, longest, optimizer=args.optimizer, compute_bytes=dist.dtype.itemsize,
-        parallel=args.parallel, processes=dist.world_size, recompute=args.checkpoint_activations,
+        model_config, config.batch_size, longest, optimizer=config.optimizer, compute_bytes=dist.dtype.itemsize,
+        parallel=config.parallel, processes=dist.world_size, recompute=config.checkpoint_activations,
         device=dist.device.type, num_trainable=num_trainable,
     )  # fmt: skip
     dist.print0(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
@@ -58,20 +58,18 @@ def log_startup(
         dist.print0(sampler.summary())
 
 
-def check_first_loss(
-    dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, engine: Engine
-) -> None:
+def check_first_loss(config: TrainConfig, stage: Stage, sampler: BatchSampler, engine: Engine) -> None:
     """Compare the first loss with ln(vocabulary), the loss of uniform predictions, and print the result.
 
     The loss of an untrained model is near it. Another value indicates an error in the data or the initialisation.
     """
-    batch = stage.data.batch(sampler.row_ids(0)[: args.batch_size])
+    batch = stage.data.batch(sampler.row_ids(0)[: config.batch_size])
     with engine.eval_mode():
-        loss, count, _ = engine.evaluate({name: tensor.to(dist.device) for name, tensor in batch.items()})
-    first, expected = loss.item() / max(count, 1), math.log(stage.model.config.vocab_size)
+        loss, _ = engine.evaluate(to_device(batch, engine.dist.device))
+    first, expected = loss.item() / max(batch["num_targets"], 1), math.log(stage.model.config.vocab_size)
     assessment = (
         "ok"
         if abs(first - expected) <= FIRST_LOSS_TOLERANCE
         else "unexpected: check the data and the model initialisation"
     )
-    dist.print0(f"first loss {first:.3f}, ln(vocabulary) {expected:.3f} ± {FIRST_LOSS_TOLERANCE}: {assessment}")
+    engine.dist.print0(f"first loss {first:.3f}, ln(vocabulary) {expected:.3f} ± {FIRST_LOSS_TOLERANCE}: {assessment}")

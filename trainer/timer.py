@@ -3,7 +3,9 @@
 Read next: loop.py.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from trainer.distributed import DistContext
 
@@ -15,20 +17,22 @@ class TrainingTimer:
     at a low learning rate. A resumed run with a new time limit starts at the fraction of its steps that is done.
     """
 
-    def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float) -> None:
-        self.limit_seconds, self.start_fraction = 60 * max_minutes, start_fraction
+    def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float, dist: DistContext) -> None:
+        self.limit_seconds, self.start_fraction, self.dist = 60 * max_minutes, start_fraction, dist
         self.earlier_seconds = earlier_seconds  # of the run before it was resumed
-        self.start_time = self.step_start_time = time.monotonic()
+        self.start_time = time.monotonic()
         self.session_seconds = self.step_seconds = 0.0
 
-    def start_step(self) -> None:
-        self.step_start_time = time.monotonic()
-
-    def end_step(self, dist: DistContext) -> None:
-        """Distribute rank 0's times: all processes must agree on the learning rate and on when to stop."""
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure a step. With a time limit all processes get rank 0's times: they must agree on when to stop."""
+        start = time.monotonic()
+        yield
         now = time.monotonic()
-        times = [now - self.start_time, now - self.step_start_time] if dist.is_rank0 else [0.0, 0.0]
-        self.session_seconds, self.step_seconds = dist.all_reduce_sum(times)
+        times = [now - self.start_time, now - start]
+        if self.limit_seconds:
+            times = self.dist.all_reduce_sum(times if self.dist.is_rank0 else [0.0, 0.0])
+        self.session_seconds, self.step_seconds = times
 
     @property
     def fraction(self) -> float:
@@ -46,6 +50,13 @@ class TrainingTimer:
         """Whether another step would exceed the time limit."""
         return bool(self.limit_seconds) and self.session_seconds + self.step_seconds > self.limit_seconds
 
-    def seconds_left(self, steps_left: int) -> float:
-        by_steps = steps_left * self.step_seconds
-        return max(0.0, min(by_steps, self.limit_seconds - self.session_seconds) if self.limit_seconds else by_steps)
+    def metrics(self, num_tokens: float, steps_left: int) -> dict[str, float]:
+        """Return the speed of the last step, the seconds of the run and the seconds left."""
+        left = steps_left * self.step_seconds
+        if self.limit_seconds:
+            left = min(left, self.limit_seconds - self.session_seconds)
+        return {
+            "tokens_per_second": num_tokens / max(self.step_seconds, 1e-9),
+            "seconds": self.seconds,
+            "seconds_left": max(0.0, left),
+        }

@@ -12,7 +12,6 @@ adapter's weights are saved. Every file has checksums, and none is read with pic
 Read next: checkpoint_writer.py (writes the folder), state_files.py (the format), loop.py, engine.py (the state).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -27,6 +26,7 @@ from typing import Any
 from common.errors import UserError
 from corpus.dataset_meta import data_fingerprint
 from model.config import ModelConfig
+from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.stage import Stage
 from trainer.state_files import DamagedStateFile, SavedState, rank_file_stem, read_checked_json
@@ -53,11 +53,12 @@ class TrainState:
     identity: dict[str, Any] = field(default_factory=dict)  # run_fingerprint
     scaler: dict[str, Any] = field(default_factory=dict)  # state of the fp16 gradient scaler
 
-    def update(self, result: dict[str, float], seconds: float) -> None:
+    def update(self, metrics: dict[str, float], seconds: float) -> None:
+        """Count a step with these sums (train_step in loop.py)."""
         self.step += 1
-        self.tokens += int(result["tokens"])
+        self.tokens += int(metrics["num_targets"])
         self.seconds = seconds
-        self.loss = result["loss"] / max(result["tokens"], 1)
+        self.loss = metrics["loss"] / max(metrics["num_targets"], 1)
 
 
 def resume_path(path: Path) -> Path:
@@ -106,12 +107,12 @@ def parse_train_state(folder: Path, step: int) -> TrainState:
     return train_state
 
 
-def read_train_state(args: argparse.Namespace, path: Path) -> tuple[Path, TrainState] | None:
+def read_train_state(config: TrainConfig, path: Path) -> tuple[Path, TrainState] | None:
     """Return the newest complete step folder and its TrainState, or None if the run starts anew.
 
     Raises UserError if the resume folder is damaged, unreadable or of an earlier format.
     """
-    if args.resume == "never" or not resume_path(path).exists():
+    if config.resume == "never" or not resume_path(path).exists():
         return None
     if resume_path(path).is_file():
         raise UserError(f"cannot read {resume_path(path)} (a file, not a folder): {RESTART_ADVICE}")
@@ -139,29 +140,29 @@ def recovery_advice(folder: Path) -> str:
     return RESTART_ADVICE
 
 
-def resolve_global_batch_size(dist: DistContext, args: argparse.Namespace, path: Path) -> int:
-    """Return the rows per optimizer step. A resumed run keeps the saved number: accumulation_steps is adapted.
+def resolve_global_batch_size(config: TrainConfig, path: Path, dist: DistContext) -> int:
+    """Return the rows per optimizer step: those of the interrupted run, else --global_batch_size.
 
-    Raises UserError if batch_size x processes does not divide the saved number.
+    Raises UserError if the processes cannot share them evenly.
     """
-    rows = args.batch_size * dist.world_size * args.accumulation_steps
-    saved = read_train_state(args, path)
-    if saved is None or saved[1].rows_per_step == rows:
-        return rows
-    rows = saved[1].rows_per_step
-    if rows % (args.batch_size * dist.world_size):
+    given = config.global_batch_size or config.batch_size * dist.world_size * config.accumulation_steps
+    saved = read_train_state(config, path)
+    rows = saved[1].rows_per_step if saved else given
+    if rows % dist.world_size:
         raise UserError(
-            f"the interrupted run trained {rows} rows per step, which {dist.world_size} processes of --batch_size "
-            f"{args.batch_size} cannot share evenly: choose another --batch_size, or start anew with --resume never"
+            f"{dist.world_size} processes cannot share {rows} rows per step evenly: choose another number of processes"
+            + (f", or {RESTART_ADVICE}" if saved else " or another --global_batch_size")
         )
-    args.accumulation_steps = rows // (args.batch_size * dist.world_size)
-    dist.print0(
-        f"the interrupted run trained {rows} rows per step: --accumulation_steps is now {args.accumulation_steps}"
-    )
     return rows
 
 
-def run_fingerprint(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
+def micro_batch_size(config: TrainConfig, rows_per_step: int, world_size: int) -> int:
+    """Return the rows of a micro-batch: at most --batch_size, and as few micro-batches per step as possible."""
+    rows = rows_per_step // world_size
+    return -(-rows // -(-rows // config.batch_size))
+
+
+def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     """Return the settings that a resumed run must share with the interrupted one."""
     parent = hashlib.sha256(json.dumps(stage.lineage, sort_keys=True).encode()).hexdigest()[:16]
     return {
@@ -171,9 +172,9 @@ def run_fingerprint(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
         "parent": parent if stage.lineage else "",
         "data rows": len(stage.data),
         "the data's fingerprint": data_fingerprint(stage.data.folder),
-        "--optimizer": args.optimizer,
-        "--seed": args.seed,
-        "--mix": stage.mix or None,
+        "--optimizer": config.optimizer,
+        "--seed": config.seed,
+        "--mix": stage.data.mixture or None,
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
 
@@ -193,16 +194,17 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def load_train_state(
-    dist: DistContext, args: argparse.Namespace, stage: Stage, path: Path, rows_per_step: int
+    config: TrainConfig, stage: Stage, path: Path, dist: DistContext
 ) -> tuple[TrainState, SavedState | None]:
     """Load the weights of stage.model from the newest step folder, if there is one.
 
-    Returns the TrainState and the SavedState from which Engine.load_state_dict reads the optimizer state, or a new
+    Returns the TrainState and the SavedState from which Engine.load_optimizer reads the optimizer state, or a new
     TrainState and None. Raises UserError if the folder is damaged or belongs to a run with another model, tokenizer,
     data, optimizer or seed.
     """
-    identity = json.loads(json.dumps(run_fingerprint(args, stage)))  # as read back from progress.json
-    found = read_train_state(args, path)
+    identity = json.loads(json.dumps(run_fingerprint(config, stage)))  # as read back from progress.json
+    rows_per_step = resolve_global_batch_size(config, path, dist)
+    found = read_train_state(config, path)
     step = found[1].step if found else -1
     if dist.all_reduce_sum([float(step)])[0] != dist.world_size * step:
         raise UserError(f"the processes do not see the same {resume_path(path)}: all machines must share --out_dir")
@@ -213,5 +215,8 @@ def load_train_state(
         raise UserError(f"{resume_path(path)} belongs to another run ({changed[:300]}): {RESTART_ADVICE}")
     saved = SavedState(folder, train_state.ranks, recovery_advice(folder))
     saved.load({f"model.{name}": p for name, p in stage.model.named_parameters() if p.requires_grad})
-    dist.print0(f"resuming after step {train_state.step} of an interrupted run (to start anew: --resume never)")
+    dist.print0(
+        f"resuming after step {train_state.step} of an interrupted run, {rows_per_step} rows per step "
+        "(to start anew: --resume never)"
+    )
     return train_state, saved

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from trainer.config import TrainConfig
 from trainer.datasets import Batch, empty_batch, to_device
 from trainer.distributed import DistContext
 from trainer.engine import Engine, StageLoss
+from trainer.stage import LossAndMetrics, Stage
 from trainer.state_files import SavedState, TensorDict
 
 ADAMW_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides its step count
@@ -41,44 +43,46 @@ def import_deepspeed(dist: DistContext) -> Any:
 
 
 class ZeroEngine(Engine):
-    engine: Any
     """Engine for --parallel zero1, zero2 and zero3."""
 
     replicated = False  # state_dict of each process holds different tensors
 
-    def build(self) -> None:
-        dist, args, deepspeed = self.dist, self.args, import_deepspeed(self.dist)
+    def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
+        deepspeed = import_deepspeed(dist)
         if dist.dtype == torch.float16:
             raise UserError("--parallel zero supports bf16 and fp32: use --dtype float32, or --parallel fsdp for fp16")
-        self.zero_stage = int(args.parallel.removeprefix("zero"))
-        self.model = copy.deepcopy(self.stage.model)
+        super().__init__(config, stage, dist, copy.deepcopy(stage.model))
+        self.zero_stage = int(config.parallel.removeprefix("zero"))
         self.optimizers = self.make_optimizers()
-        config = {
-            "train_micro_batch_size_per_gpu": args.batch_size,
+        settings = {
+            "train_micro_batch_size_per_gpu": config.batch_size,
             "gradient_accumulation_steps": 1,  # the loop marks the last micro-batch; an epoch's last step has fewer
-            "gradient_clipping": args.grad_clip,
+            "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.zero_stage},
             "steps_per_print": 2**31,
         }
-        self.engine, *_ = deepspeed.initialize(
-            model=StageLoss(dist, self.stage, self.model),
+        self.module, *_ = deepspeed.initialize(
+            model=StageLoss(stage, dist, self.model),
             optimizer=self.optimizers[0],
-            config=config,
+            config=settings,
             dist_init_required=False,
         )
-        self.module = self.eval_module = self.engine
+        self.module.train()
 
-    def forward_backward(self, batch: Batch, loss_scale: float, last: bool) -> tuple[Tensor, int, dict[str, Any]]:
-        self.engine.set_gradient_accumulation_boundary(last)
-        loss, count, extras = self.engine(batch)
-        self.engine.backward(loss * loss_scale, scale_wrt_gas=False)
-        return loss.detach(), count, extras
+    def forward_backward(self, batch: Batch, loss_scale: Tensor, is_last: bool) -> LossAndMetrics:
+        self.module.set_gradient_accumulation_boundary(is_last)
+        loss, metrics = self.module(batch)
+        self.module.backward(loss * loss_scale.to(loss.dtype), scale_wrt_gas=False)
+        return loss.detach(), metrics
 
-    def optimizer_step(self, clip: float, loss_is_finite: bool) -> float:
-        """As in Engine. DeepSpeed clips to --grad_clip (its config) and skips a step whose norm is not finite."""
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+    def clip_gradient(self, max_norm: float) -> Tensor:
+        """As in Engine, and update the weights: DeepSpeed's step does both. It skips a norm that is not finite."""
+        self.module.step()
+        return torch.as_tensor(self.module.get_global_grad_norm(), device=self.dist.device)
+
+    def optimizer_step(self, is_finite: bool) -> None:
+        """Nothing: clip_gradient has updated the weights."""
 
     def state_dict(self) -> TensorDict:
         """Return unsharded tensors on the CPU. All processes gather each tensor, one of them keeps it."""
@@ -108,12 +112,12 @@ class ZeroEngine(Engine):
         DeepSpeed 0.19 links after the first step of the first parameter group. The other groups have no state then and
         stay unlinked.
         """
-        zero = self.engine.optimizer
+        zero = self.module.optimizer
         if self.zero_stage < 3 and self.optimizer_steps() is not None:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def load_state_dict(self, saved: SavedState) -> None:
+    def load_optimizer(self, saved: SavedState, scaler: dict[str, Any]) -> None:
         if not any(key.startswith("optimizer.") for key in saved.tensors):
             return
         self.init_optimizer_state()
@@ -131,8 +135,8 @@ class ZeroEngine(Engine):
         """Allocate the optimizer state by a step with learning rate 0 on a batch without trained tokens."""
         for group in self.optimizers[0].param_groups:
             group["lr"] = 0.0
-        self.forward_backward(to_device(empty_batch(self.stage.data), self.dist.device), 1.0, last=True)
-        self.optimizer_step(0.0, True)
+        self.forward_backward(to_device(empty_batch(self.stage.data), self.dist.device), torch.ones(()), True)
+        self.clip_gradient(0.0)
         self.relink_optimizer_state()
 
     def set_optimizer_state(self, parameter: torch.nn.Parameter, key: str, whole: Tensor) -> None:
@@ -159,4 +163,4 @@ class ZeroEngine(Engine):
                 target[name].copy_(whole)
 
     def close(self) -> None:
-        self.engine.destroy()
+        self.module.destroy()

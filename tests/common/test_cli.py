@@ -25,6 +25,7 @@ class BaseConfig(Config):
     batch_size: int = flag(8, "rows", type=positive_int, aliases=("batch",))
     ratio: float = flag(0.1, lambda config: f"of {config.__name__}", type=fraction)
     compile: bool = flag(False, "compile")
+    verify: bool = flag(True, "compare")
     names: tuple[str, ...] = flag(("all",), "names", nargs="+", metavar="NAME")
     prompt: str | None = flag(None, "one prompt", exclusive="prompts")
     prompts: str | None = flag(None, "a file", exclusive="prompts")
@@ -62,6 +63,7 @@ def test_defaults_come_from_the_fields_and_subclasses_change_them():
 def test_flags_aliases_switches_and_lists():
     config = parse(TunedConfig, "", ["--batch", "4", "--compile", "--names", "a", "b", "--dim", "64"])
     assert (config.batch_size, config.compile, config.names, config.shape) == (4, True, ("a", "b"), {"dim": 64})
+    assert config.verify and not parse(TunedConfig, "", ["--no-verify"]).verify
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.batch_size = 2
 

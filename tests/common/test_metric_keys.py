@@ -7,8 +7,8 @@ import pytest
 
 from common.metric_keys import OLD_METRIC_KEYS, current_metric_key, with_current_metric_keys
 from demo_world.report import summarize_log
-from export.facts_file import summarize_chain
 from export.model_card import validation_figures
+from export.model_facts import summarize_chain
 from tests.helpers import read_jsonl
 from trainer.metrics import read_log_rows
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.input_files import READ_CHUNK_BYTES
-from corpus.markers import split_documents
 from corpus.readers import read_rows, read_texts
 from corpus.stats import DataStats
 from corpus.text_encoding import _is_chinese, detect_encoding
+from corpus.txt_reader import split_documents
 
 ZH = [
     "人工智能是计算机科学的一个分支，它企图了解智能的实质。",

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
 from corpus.examples import PairExample
@@ -17,7 +16,7 @@ from corpus.shard_reader import open_split
 from corpus.stats import BadRow, DataStats, DroppedRow
 from corpus.tokenize_chats import tokenize_chats
 from model.chat_template import CHAT_FORMATS
-from tests.helpers import SHARED_DATA, visible_names
+from tests.helpers import SHARED_DATA, visible_names, write_rows
 
 
 def normalise_pair(row):
@@ -206,25 +205,8 @@ DROPPED = [
 ]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def process(tmp_path, tokenizer_dir):
-    def run(*files, **flags):
-        arguments = ["dpo", *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "dpo")]
-        for name, value in flags.items():
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        data_process.main(arguments)
-        return tmp_path / "dpo"
-
-    return run
-
-
 def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer, capsys):
-    folder = process(write_rows(tmp_path / "a.jsonl", ROWS + DROPPED))
+    folder = process("dpo", write_rows(tmp_path / "a.jsonl", ROWS + DROPPED))
     stored = {n: [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "val")}
     # The jsonl files contain also the pair with too many tokens, because they do not depend on the tokenizer.
     assert len(stored["train"]) + len(stored["val"]) == 241 and {row["lang"] for row in stored["val"]} == {"zh", "en"}
@@ -256,13 +238,13 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
 
 def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
     rows = [{"prompt": f"question {i % 90}", "chosen": f"good, {i}", "rejected": f'"bad"\n{i}'} for i in range(300)]
-    folder = process(write_rows(tmp_path / "a.jsonl", rows), val_share=0.1)
+    folder = process("dpo", write_rows(tmp_path / "a.jsonl", rows), val_share=0.1)
     train, val = ((folder / f"{n}.jsonl").read_text() for n in ("train", "val"))
     sides = [{json.loads(x)["prompt"][0]["content"] for x in text.splitlines()} for text in (train, val)]
     assert not sides[0] & sides[1] and all(sides)
     quoted = ['"{}"'.format('","'.join(value.replace('"', '""') for value in row.values())) for row in rows]
     (tmp_path / "a.csv").write_text("\n".join(["prompt,chosen,rejected", *quoted]), encoding="utf-8")
-    again = process(tmp_path / "a.csv", val_share=0.1)
+    again = process("dpo", tmp_path / "a.csv", val_share=0.1)
     assert ((again / "train.jsonl").read_text(), (again / "val.jsonl").read_text()) == (train, val)
 
 
@@ -271,17 +253,17 @@ def test_too_many_bad_rows_are_an_error_and_no_output_is_left(tmp_path, process,
         tmp_path / "a.jsonl", [*ROWS, {"prompt": True, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}]
     )
     with pytest.raises(UserError, match="3 of 243 rows read are bad"):
-        process(path)
+        process("dpo", path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
-        process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
+        process("dpo", write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
     monkeypatch.setattr("corpus.tokenize_chats.render_examples", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        process(path, max_bad_share=0.1)
+        process("dpo", path, max_bad_share=0.1)
     assert visible_names(tmp_path) == ["a.jsonl", "b.jsonl"]
 
 
 def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
-    process(write_rows(tmp_path / "a.jsonl", ROWS), check=True, samples=1)
+    process("dpo", write_rows(tmp_path / "a.jsonl", ROWS), check=True, samples=1)
     printed = capsys.readouterr().out
     assert printed.count("--- chosen, ") == printed.count("--- rejected, ") == 1 and "<|im_end|>]]" in printed
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
@@ -293,11 +275,13 @@ def test_errors_about_unsuitable_data_name_the_command(tmp_path, process, tokeni
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
         tokenize_chats(tmp_path / "none", tokenizer, 500, PairExample)
     with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
-        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, PairExample)
+        tokenize_chats(process("dpo", write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, PairExample)
 
 
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
 def test_real_pairs_have_no_bad_rows_and_most_are_kept(process):
-    report = json.loads((process(SHARED_DATA / "dpo.jsonl.xz", max_seq_len=4096) / "meta.json").read_text())["report"]
+    report = json.loads((process("dpo", SHARED_DATA / "dpo.jsonl.xz", max_seq_len=4096) / "meta.json").read_text())[
+        "report"
+    ]
     assert report["read"] == 6703 and report["bad"] == {} and report["kept"] > 5500

@@ -1,4 +1,4 @@
-"""Promise: a killed `data_process.py sft` or `dpo` resumes to the same bytes, and never from another job's files."""
+"""Promise: a killed `data_process.py` resumes to the same bytes, and never from another job's files."""
 
 import json
 import signal
@@ -10,39 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data_process
 from common.errors import UserError
-from corpus import tokenize_chats
+from corpus import prepare_text, tokenize_chats
 from corpus.stats import DataStats
-from tests.helpers import ROOT
+from tests.helpers import ROOT, read_folder, visible_names, write_rows
 
 
-def make_messages(question, *answers):
-    """A chat for one answer, a pair for two."""
-    if len(answers) == 2:
-        return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]}
-
-
-def row(kind, i):
-    good, bad = (f"It is {i + 1}.", f"No idea {i}") if i % 2 else (f"是 {i + 1}。", f"不知道{i}")
-    question = f"What is {i} + 1?" if i % 2 else f"{i} 加 1 是多少？"
-    return make_messages(question, *[good, bad][: 1 + (kind == "dpo")])
+def make_row(kind, question, good, bad):
+    if kind == "pretrain":
+        return {"text": f"{question} {good}"}
+    if kind == "dpo":
+        return {"prompt": question, "chosen": good, "rejected": bad}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": good}]}
 
 
 def write(path, kind, count=1200):
-    """Rows of every counted kind: duplicates, a row that is too long, bad rows, an empty answer."""
-    rows = [row(kind, i) for i in range(count)] + [row(kind, i) for i in range(0, 90, 9)]
-    rows[500:500] = [make_messages("long?", *["x" * 900, "y"][: 1 + (kind == "dpo")]), {"nothing": 1}]
-    rows.append(
-        {"messages": [{"role": "user", "content": "alone"}]} if kind == "sft" else make_messages("q?", "same", "same")
-    )
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
-    return path
-
-
-def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Rows of every counted kind: duplicates, a row that is too long for chats, bad rows, an empty answer."""
+    en = [make_row(kind, f"What is {i} + 1?", f"It is {i + 1}.", f"No idea {i}") for i in range(count)]
+    zh = [make_row(kind, f"{i} 加 1 是多少？", f"是 {i + 1}。", f"不知道{i}") for i in range(count)]
+    rows = [(zh, en)[i % 2][i] for i in range(count)] + zh[:90:18]
+    rows[500:500] = [make_row(kind, "long?", "x" * 900, "y"), {"nothing": 1}]
+    dropped = make_row(kind, "q?", "same", "same") if kind == "dpo" else {"messages": [{"role": "user", "content": ""}]}
+    return write_rows(path, [*rows, dropped])
 
 
 @pytest.fixture
@@ -54,58 +43,58 @@ def save_progress_always(monkeypatch):
 
 
 @pytest.fixture
-def process(tmp_path, tokenizer_dir):
-    def run(kind, file, *flags, out="out"):
-        common = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / out, "--max_bad_share", 0.1]
-        data_process.main([*map(str, [*common, *flags])])
-        return content(tmp_path / out)
-
-    return run
+def prepare(process):
+    """Run data_process.py; returns the bytes of every file of the dataset."""
+    return lambda *arguments, out="out", **flags: read_folder(
+        process(*arguments, out=out, **{"max_bad_share": 0.1} | flags)
+    )
 
 
 @pytest.fixture
-def interrupted(process, monkeypatch):
+def interrupted(prepare, monkeypatch):
     """Interrupt a run at batch number `at`; returns the list of batch sizes, which later runs extend."""
 
-    def run(kind, file, *flags, at):
-        render_examples, sizes = tokenize_chats.render_examples, []
+    def run(kind, file, at, **flags):
+        module, name = (prepare_text, "tokenize_texts") if kind == "pretrain" else (tokenize_chats, "render_examples")
+        tokenize, sizes = getattr(module, name), []
 
-        def render(examples, *rest):
+        def counted(examples, *rest):
             sizes.append(len(examples))
             if len(sizes) == at:
                 raise KeyboardInterrupt
-            return render_examples(examples, *rest)
+            return tokenize(examples, *rest)
 
-        monkeypatch.setattr(tokenize_chats, "render_examples", render)
+        monkeypatch.setattr(module, name, counted)
         with pytest.raises(KeyboardInterrupt):
-            process(kind, file, *flags)
+            prepare(kind, file, **flags)
         return sizes
 
     return run
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
 @pytest.mark.parametrize("at", [2, 7, 13])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, interrupted, save_progress_always, kind, at, capsys):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, prepare, interrupted, save_progress_always, kind, at, capsys):
     file = write(tmp_path / "a.jsonl", kind)
-    whole = process(kind, file, out="whole")
-    assert any(name.endswith("train_002.bin") for name in whole)
-    sizes = interrupted(kind, file, at=at)
+    whole = prepare(kind, file)
+    assert any(name.endswith("_002.bin") for name in whole)
+    sizes = interrupted(kind, file, at)
     partial = tmp_path / "out.partial"
+    assert read_folder(tmp_path / "out") == whole, "the older dataset stays until the new one is complete"
     assert f"unfinished work is kept in {partial}: the same command resumes it" in capsys.readouterr().out
-    for name in ("train.jsonl", "val.jsonl"):
-        with (partial / name).open("a") as cut:
+    for path in [*partial.glob("*.jsonl"), *partial.glob("*.bin")]:
+        with path.open("a") as cut:
             cut.write('{"messages": [{"ro')  # a write that was cut by the kill
     (partial / ".progress.json.999999.tmp").write_text('{"job')
-    assert process(kind, file) == whole and not partial.exists()
+    assert prepare(kind, file) == whole and not partial.exists()
     assert "holds an unfinished run: it is resumed" in capsys.readouterr().out
-    assert sum(sizes) == 1201 + sizes[at - 1], "only the interrupted batch is tokenised twice"
+    assert sum(sizes) == 1201 + sizes[at - 1], "only the interrupted batch is tokenized twice"
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("name", ["progress.json", "tokens-*/train_007.bin"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("name", ["progress.json", "train_*00[5-9].bin"])
 def test_sigkill_at_any_time_resumes_to_the_same_bytes(
-    tmp_path, process, tokenizer_dir, save_progress_always, kind, name
+    tmp_path, prepare, tokenizer_dir, save_progress_always, kind, name
 ):
     file = write(tmp_path / "a.jsonl", kind, count=4000)
     setup = "import data_process; from corpus import examples, job_state, shard_writer; examples.BATCH_EXAMPLES = 100; "
@@ -113,67 +102,69 @@ def test_sigkill_at_any_time_resumes_to_the_same_bytes(
     arguments = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out", "--max_bad_share", "0.1"]
     code = setup + f"data_process.main({[*map(str, arguments)]!r})"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "out.partial").glob(name)) and child.poll() is None:
+    while not list((tmp_path / "out.partial").rglob(name)) and child.poll() is None:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert (tmp_path / "out.partial" / "progress.json").is_file() and not (tmp_path / "out").exists()
-    assert process(kind, file) == process(kind, file, out="whole")
+    assert prepare(kind, file) == prepare(kind, file, out="whole")
 
 
-@pytest.mark.parametrize("flags", [("--val_share", "0.2"), ("--max_seq_len", "60"), ("other file",)])
-def test_changed_flags_restart_the_job(tmp_path, process, interrupted, save_progress_always, flags):
-    file = write(tmp_path / "a.jsonl", "sft")
-    interrupted("sft", file, at=5)
-    if flags == ("other file",):
-        file, flags = write(file, "sft", count=700), ()
-    assert process("sft", file, *flags) == process("sft", file, *flags, out="whole")
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+@pytest.mark.parametrize("flags", [{"val_share": 0.2}, {"max_seq_len": 60}, {}])
+def test_other_flags_or_files_restart_the_job(tmp_path, prepare, interrupted, save_progress_always, kind, flags):
+    flags = {"source_key": "file"} if kind == "pretrain" and "max_seq_len" in flags else flags
+    file = write(tmp_path / "a.jsonl", kind)
+    interrupted(kind, file, 5)
+    if not flags:
+        write(file, kind, count=700)
+    assert prepare(kind, file, **flags) == prepare(kind, file, **flags, out="whole")
 
 
-def test_another_tokenizer_restarts_the_job(tmp_path, process, interrupted, save_progress_always, tokenizer):
-    interrupted("sft", file := write(tmp_path / "a.jsonl", "sft"), at=5)
+def test_another_tokenizer_restarts_the_job(tmp_path, prepare, interrupted, save_progress_always, tokenizer):
+    interrupted("sft", file := write(tmp_path / "a.jsonl", "sft"), 5)
     tokenizer.with_chat_format("belle").save(tmp_path / "belle")
-    found = process("sft", file, "--tokenizer", tmp_path / "belle")
-    assert found == process("sft", file, "--tokenizer", tmp_path / "belle", out="whole")
+    found = prepare("sft", file, tokenizer=tmp_path / "belle")
+    assert found == prepare("sft", file, tokenizer=tmp_path / "belle", out="whole")
     assert len({name.split("/")[0] for name in found if "/" in name}) == 1, "no files of the other tokenizer"
 
 
 def test_a_perplexity_filter_resumes_and_another_one_restarts(
-    tmp_path, process, interrupted, save_progress_always, tiny_parent, capsys
+    tmp_path, prepare, interrupted, save_progress_always, tiny_parent, capsys
 ):
-    file = write(tmp_path / "a.jsonl", "sft")
-    scorer = ("--scorer", tiny_parent, "--keep_entropy")
-    whole = process("sft", file, *scorer, "10%,60%")
-    sizes = interrupted("sft", file, *scorer, "10%,60%", at=4)
+    file, flags = write(tmp_path / "a.jsonl", "sft"), {"scorer": tiny_parent, "keep_entropy": "10%,60%"}
+    whole = prepare("sft", file, **flags)
+    sizes = interrupted("sft", file, 4, **flags)
     capsys.readouterr()
-    assert process("sft", file, *scorer, "10%,60%") == whole
+    assert prepare("sft", file, **flags) == whole
     assert sum(sizes) == sum(json.loads(whole["meta.json"])["rows"].values()) + sizes[3]
     assert "→" in capsys.readouterr().out, "the histogram has examples"
-    interrupted("sft", file, *scorer, "10%,60%", at=4)
-    other = process("sft", file, *scorer, "20%,60%")
-    assert other == process("sft", file, *scorer, "20%,60%") != whole
+    interrupted("sft", file, 4, **flags)
+    flags["keep_entropy"] = "20%,60%"
+    other = prepare("sft", file, **flags)
+    assert other == prepare("sft", file, **flags) != whole
 
 
 def test_bad_data_and_runs_without_progress_leave_nothing(
-    tmp_path, process, interrupted, save_progress_always, monkeypatch
+    tmp_path, prepare, interrupted, save_progress_always, monkeypatch
 ):
     file = write(tmp_path / "a.jsonl", "sft")
     with file.open("a") as more:
         more.writelines("{broken\n" for _ in range(400))
     with pytest.raises(UserError, match="rows read are bad"):
-        process("sft", file)
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
+        prepare("sft", file)
+    assert visible_names(tmp_path) == ["a.jsonl"]
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 20)
-    interrupted("sft", write(file, "sft"), at=3)
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
+    interrupted("sft", write(file, "sft"), 3)
+    assert visible_names(tmp_path) == ["a.jsonl"]
 
 
-def test_ctrl_c_while_scoring_reports_that_scores_are_kept(tmp_path, process, tiny_parent, monkeypatch, capsys):
+def test_ctrl_c_while_scoring_reports_that_scores_are_kept(tmp_path, prepare, tiny_parent, monkeypatch, capsys):
     from curation.perplexity_scorer import Scorer
 
-    monkeypatch.setattr(Scorer, "score_chats", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Scorer, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        process("sft", write(tmp_path / "a.jsonl", "sft"), "--scorer", tiny_parent)
+        prepare("sft", write(tmp_path / "a.jsonl", "sft"), scorer=tiny_parent)
     assert "scores so far are kept in" in capsys.readouterr().out
 
 

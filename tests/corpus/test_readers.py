@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.damage import DamagedFile, count_damages
-from corpus.input_files import READ_CHUNK_BYTES, _ChunkStream, open_input
-from corpus.json_reader import read_jsonl
+from corpus import input_files
+from corpus.damage import DamagedFile, DataFile
+from corpus.input_files import READ_CHUNK_BYTES
 from corpus.language import detect_language
 from corpus.readers import read_chats, read_rows, read_texts
 from corpus.stats import DataStats
@@ -206,20 +206,22 @@ def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, p
         read(tmp_path, f"fake.jsonl.{suffix}", b"<html>404</html>")
 
 
-def test_a_disk_read_error_counts_as_damage(tmp_path):
-    def pieces():
-        yield lines(GOOD)
-        raise OSError(errno.EIO, "Input/output error")
+def test_a_disk_read_error_counts_as_damage(tmp_path, monkeypatch):
+    class BrokenDisk(io.FileIO):
+        def readinto(self, target):
+            if self.tell() >= 2 * READ_CHUNK_BYTES:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().readinto(target)
 
-    (tmp_path / "a.jsonl").write_bytes(lines(GOOD) * 2)
-    report = DataStats(accept_damaged=False)
-    with open_input(tmp_path / "a.jsonl") as source:
-        source.stream = io.BufferedReader(_ChunkStream(pieces()))
-        for _ in read_jsonl(source, report):
-            report.row_read(source.name)
-        assert report.read == 400 and source.damages[0].reason == "cannot be read: Input/output error"
-        with pytest.raises(DamagedFile, match=r"Input/output error.*400 rows were read"):
-            count_damages(source.name, source.size, source.damages, source.line, report)
+    class BrokenFile(DataFile, BrokenDisk): ...
+
+    monkeypatch.setattr(input_files, "DataFile", BrokenFile)
+    content = lines({"text": f"{i} {i * 7919 % 10007}"} for i in range(40_000))
+    for name, packed in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content, 1))):
+        with pytest.raises(DamagedFile, match=r"\(cannot be read: Input/output error\): [\d,]+ rows were read, about"):
+            read(tmp_path, name, packed, accept=False)
+        found, report = read(tmp_path, name, packed, accept=True)
+        assert 4_000 < len(found) < 30_000 and {*report.bad} == {"cannot be read: Input/output error", "broken JSON"}
 
 
 def test_reading_continues_at_the_next_stream_after_a_damaged_one(tmp_path):

@@ -16,8 +16,8 @@ from corpus import shard_reader
 from corpus.block_checksums import BLOCK_BYTES
 from corpus.dataset_meta import write_meta
 from corpus.shard_reader import open_split
-from trainer.datasets import PackedDataset
-from trainer.sampler import BatchSampler, MicroBatches, prefetch_batches
+from trainer.datasets import MicroBatches, PackedDataset, prefetch_batches
+from trainer.sampler import BatchSampler
 
 SHARD_TOKENS = 100_000_000
 

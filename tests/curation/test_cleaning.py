@@ -15,7 +15,7 @@ from curation.cleaning import RULE_NAMES, RULES, CleanConfig, CleaningTransform,
 from curation.prose_rules import DocumentView
 from curation.rule_stats import RuleStats
 from curation.transform import NumberedRow
-from tests.helpers import run_process, visible_names, write_jsonl
+from tests.helpers import run_process, visible_names, write_rows
 
 EDIT_RULES = [rule for rule in RULES if rule.is_edit]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
@@ -191,7 +191,7 @@ def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
         {"text": f"短{i}"} for i in range(15)
     ]
     rows += [{"text": f"{ZH}{i}"} for i in range(5)] + [{"nothing": 1}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--max_bad_share", "0.1"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["read"], report["kept"]) == (60, 45)
@@ -209,7 +209,7 @@ def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
 
 
 def test_check_flag_writes_nothing(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--check"])
     assert "[PHONE]" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -217,7 +217,7 @@ def test_check_flag_writes_nothing(tmp_path, capsys):
 def test_unsafe_words_file_adds_phrases(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Foo\nBAR\n")
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
     flags = ["--out_dir", str(tmp_path / "out"), "--min_words", "3", "--skip", "stop_words", "--unsafe_words"]
     data_process.main(["clean", str(path), *flags, str(words)])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rules"]["unsafe"]["dropped"] == 1
@@ -234,7 +234,7 @@ def test_unsafe_words_file_adds_phrases(tmp_path):
     ],
 )
 def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, monkeypatch, module, flags, words):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": ZH}])
     edit_rules._opencc_converter.cache_clear()
     drop_rules._language_detector.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
@@ -251,7 +251,7 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
         and len(listing.stdout.splitlines()) == len(RULES)
         and "arXiv 2112.11446" in listing.stdout
     )
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "短"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "短"}])
     for arguments, words in (
         ([path, "--out_dir", tmp_path / "out"], "clean keeps none of the 1 rows: 1 by too_short"),
         ([tmp_path / "none.jsonl"], "no such file"),

@@ -29,7 +29,7 @@ from curation.perplexity_filter import (
     score_interval,
 )
 from curation.perplexity_scorer import Scorer, batch_by_tokens, encode_plain_chat
-from tests.helpers import read_jsonl, write_jsonl
+from tests.helpers import read_jsonl, write_rows
 
 
 def make_chat(question, answer):
@@ -40,7 +40,7 @@ def make_chat(question, answer):
 def chats_file(tmp_path):
     rows = [make_chat(f"{i}?", f"n{i % 7}" * (1 + i % 3)) for i in range(60)]
     rows += [make_chat(f"数{i}", "好" * (1 + i % 5)) for i in range(60)]
-    return write_jsonl(tmp_path / "chats.jsonl", [{"messages": row} for row in rows])
+    return write_rows(tmp_path / "chats.jsonl", [{"messages": row} for row in rows])
 
 
 @pytest.fixture

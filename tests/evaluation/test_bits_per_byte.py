@@ -131,10 +131,10 @@ def test_sft_loss_equals_training_loss(tokenizer, sft_dir, tiny_parent):
         batch = data.batch(list(range(len(data))))
         with torch.no_grad():
             hidden, _ = model(batch["input_ids"])
-            total, count = cross_entropy_sum(hidden, model.lm_head.weight, batch["labels"])
+            total = cross_entropy_sum(hidden, model.lm_head.weight, batch["labels"])
         found = sft_loss(model, tokenizer, chats)
-        assert found["tokens"] == count and found["chats"] == len(data) == 4
-        assert found["loss"] == pytest.approx(total.item() / count, rel=1e-5)
+        assert found["tokens"] == batch["num_targets"] and found["chats"] == len(data) == 4
+        assert found["loss"] == pytest.approx(total.item() / batch["num_targets"], rel=1e-5)
         answer_bytes = sum(len(chat[1]["content"].encode()) for chat in chats)
         assert found["bits_per_byte"] == pytest.approx(total.item() / math.log(2) / answer_bytes, rel=1e-5)
 

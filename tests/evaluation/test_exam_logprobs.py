@@ -1,13 +1,14 @@
 """Log-probabilities of options equal transformers; batches, padding and shared examples do not change them; prompts
 that exceed the context are truncated on the left."""
 
-import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import UserError
 from evaluation import exam_logprobs
+from evaluation.chat_model import ChatModel
 from evaluation.exam_data import CEVAL_LETTERS, ExamItem, ExamSplit
 from evaluation.exam_logprobs import compute_option_log_probs
 from evaluation.exam_prompts import PromptConfig, build_prompts
@@ -69,10 +70,14 @@ def transformers_model(model):
 
 
 def option_log_probs(model, tokenizer, prompts, method, batch_tokens=4096):
-    assert sum(
-        compute_option_log_probs(model, tokenizer, prompts, method, contextlib.nullcontext, batch_tokens)
-    ) == len(prompts)
+    """The log-probabilities of all options, (questions, options)."""
+    score(model, tokenizer, prompts, method, batch_tokens)
     return torch.tensor([one.log_probs for one in prompts])
+
+
+def score(model, tokenizer, prompts, method, batch_tokens=4096):
+    chat_model = ChatModel("m", Path("m"), model, tokenizer, "full_sft", torch.device("cpu"), torch.float32)
+    assert len(list(compute_option_log_probs(chat_model, prompts, method, batch_tokens))) == len(prompts)
 
 
 @torch.no_grad()
@@ -96,7 +101,7 @@ def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shot
             pairs = zip(before, replies, strict=True)
             text = "".join(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in pairs)
             text += f"<|im_start|>user\n{page(question, options)}<|im_end|>\n<|im_start|>assistant\n"
-            start, gap = tokenizer._special_aware.encode(text, add_special_tokens=False).ids, ""
+            start, gap = tokenizer.renderer.backend.encode(text, add_special_tokens=False).ids, ""
         else:
             text = "".join(f"{q}{tail}{gap}{a}\n\n" for q, a in zip(before, replies, strict=True))
             start = tokenizer.encode(text + page(question, options) + tail)
@@ -143,9 +148,7 @@ def test_batches_and_shared_examples_do_not_change_log_probs(model, tokenizer, m
 def test_numbers_of_options_may_differ(model, transformers_model, tokenizer, method, shots):
     texts = [(f"what {i}?", ("x", "yy", "z z", "four", "five")[:count]) for i, count in enumerate((2, 5, 3, 2, 4, 5))]
     prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots), 512))
-    assert sum(compute_option_log_probs(model, tokenizer, prompts, method, contextlib.nullcontext, 4096)) == len(
-        prompts
-    )
+    score(model, tokenizer, prompts, method)
     for one, (_, options) in zip(prompts, texts, strict=True):
         assert len(one.log_probs) == len(options) == len(one.options)
         assert ("E. five" in tokenizer.decode(one.prompt)) == (method == "letter" and len(options) == 5)

@@ -242,12 +242,12 @@ def test_permanent_errors_are_one_line_without_retry(stub_server, error, message
     )
 
 
-def test_check_connection_accepts_missing_model_list(stub_server):
+def test_a_missing_list_of_models_is_accepted(stub_server):
     stub_server.errors = [(200, {}, ""), (404, {}, ""), (500, {}, ""), (401, {}, "")]
     for _ in range(3):
-        ChatClient(stub_server.url, "stub").check_connection()
+        ChatClient(stub_server.url, "stub").list_model_names()
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
-        ChatClient(stub_server.url, "stub").check_connection()
+        ChatClient(stub_server.url, "stub").list_model_names()
 
 
 def test_unreachable_server_and_bad_address_are_errors(stub_server):
@@ -256,7 +256,7 @@ def test_unreachable_server_and_bad_address_are_errors(stub_server):
     with pytest.raises(UserError, match=r"no answer .*: is the server running\?"):
         ChatClient(stub_server.url, "stub").complete_text("hello")
     with pytest.raises(UserError, match=r"no answer .*: is the server running\?"):
-        ChatClient(stub_server.url, "stub").check_connection()
+        ChatClient(stub_server.url, "stub").list_model_names()
     for url in ("localhost:8998", "ftp://a/v1", "http://", "http://a:b/v1", "", "http://a:99999/v1"):
         with pytest.raises(UserError, match="not an address"):
             ChatClient(url, "stub")

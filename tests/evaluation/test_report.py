@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.markdown import code_block, escape_inline
+from evaluation.chat_model import open_chat_model
 from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
-from evaluation.report import unique_labels
-from tests.helpers import run_process, run_script
+from evaluation.report import continue_answers, unique_labels
+from model.completion import Completion
+from model.sampling import SamplingParams
+from tests.helpers import run_process, run_script, save_scripted_model
 
 
 @pytest.fixture
@@ -74,8 +77,6 @@ def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_pat
 
 def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
     """The model continues "Yes, go" with "but no"; no figure counts the continuation."""
-    from tests.helpers import save_scripted_model
-
     path = save_scripted_model(tmp_path / "p.pth", tokenizer, ["but no"], trigger="o", max_seq_len=256)
     monkeypatch.setattr(
         "evaluation.report.SAFETY_PROMPTS", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")]
@@ -94,18 +95,11 @@ def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_pat
 
 def test_answer_prefix_is_continued_in_the_assistant_turn(scripted_models, monkeypatch):
     """The prompt ids equal the rendered chat up to the end of the answer prefix."""
-    from evaluation import chat_model as chat_model_module
-    from tests.helpers import load_script
-
-    args = load_script("2-eval.py").make_parser().parse_args(["--system", "S"])
-    chat_model, seen = chat_model_module.ChatModel(scripted_models / "full_sft_64.pth", args), []
-    monkeypatch.setattr(
-        chat_model_module,
-        "generate",
-        lambda model, ids, *_: seen.extend(ids) or [chat_model_module.Completion() for _ in ids],
-    )
-    chat_model.continue_answers([("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")])
-    for ids, (prompt, start) in zip(seen, [("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")], strict=True):
+    chat_model, seen = open_chat_model(scripted_models / "full_sft_64.pth"), []
+    monkeypatch.setattr(chat_model, "generate", lambda ids, _: seen.extend(ids) or [Completion() for _ in ids])
+    prefixes = [("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")]
+    continue_answers(chat_model, prefixes, SamplingParams(), "S")
+    for ids, (prompt, start) in zip(seen, prefixes, strict=True):
         chat = [("system", "S"), ("user", prompt), ("assistant", start)]
         whole, _ = chat_model.tokenizer.render([{"role": role, "content": content} for role, content in chat])
         assert ids == whole[: len(ids)] and chat_model.tokenizer.decode(whole[len(ids) :]) == "<|im_end|>\n"
@@ -153,7 +147,7 @@ def test_report_contains_judge_table(run_report, monkeypatch):
             return '{"score": 9}'
         return '{"better": "B"}' if text.index("A巴") > text.index("Answer B") else '{"better": "A"}'
 
-    monkeypatch.setattr(judge_client.ChatClient, "check_connection", lambda server: None)
+    monkeypatch.setattr(judge_client.ChatClient, "list_model_names", lambda server: [])
     monkeypatch.setattr(judge_client.ChatClient, "complete_text", complete_text)
     found, page = run_report("--judge", "http://localhost:9/v1/", "--judge_model", "wise|one")
     assert list(found["judge"]["models"]) == ["full_sft_64", "pretrain_64"]
@@ -170,7 +164,7 @@ def test_report_is_written_when_the_judge_fails(run_report, tmp_path, monkeypatc
     def complete_text(server, text):
         raise UserError("--judge: gave up")
 
-    monkeypatch.setattr(judge_client.ChatClient, "check_connection", lambda server: None)
+    monkeypatch.setattr(judge_client.ChatClient, "list_model_names", lambda server: [])
     monkeypatch.setattr(judge_client.ChatClient, "complete_text", complete_text)
     with pytest.raises(UserError, match="gave up"):
         run_report("--judge", "http://localhost:9/v1", "--judge_model", "m")

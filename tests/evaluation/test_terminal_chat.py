@@ -4,6 +4,7 @@ Promises: the history grows, can be cleared and limited; a question longer than 
 to the history; Ctrl-C stops only the answer, also in a real terminal; /save writes training data.
 """
 
+import functools
 import json
 import os
 import signal
@@ -17,20 +18,14 @@ from common.errors import UserError
 from corpus.readers import read_chats, read_texts
 from corpus.stats import DataStats
 from evaluation import chat_model as chat_model_module
-from evaluation.chat_model import ChatModel, find_model
-from evaluation.terminal_chat import TerminalChat, run_terminal_chat
-from tests.helpers import ROOT, load_script
+from evaluation.chat_model import ChatModel
+from evaluation.terminal_chat import run_terminal_chat
+from tests.helpers import ROOT, start_chat
 
 
 @pytest.fixture
-def make_chat_model(scripted_models):
-    parser = load_script("2-eval.py").make_parser()
-
-    def chat_model(*arguments) -> ChatModel:
-        args = parser.parse_args(["--out_dir", str(scripted_models), "--temperature", "0", *arguments])
-        return ChatModel(find_model(args), args)
-
-    return chat_model
+def make_chat(scripted_models):
+    return functools.partial(start_chat, "--out_dir", scripted_models, "--temperature", "0")
 
 
 @pytest.fixture
@@ -54,65 +49,65 @@ def model_inputs(monkeypatch):
     """The contents of the messages of each prompt."""
     inputs = []
 
-    def stream_answer(chat_model, messages, interruptible=False, original=ChatModel.stream_answer):
+    def prompt_ids(chat_model, messages, max_new_tokens, original=ChatModel.prompt_ids):
         inputs.append([message["content"] for message in messages])
-        return original(chat_model, messages, interruptible)
+        return original(chat_model, messages, max_new_tokens)
 
-    monkeypatch.setattr(ChatModel, "stream_answer", stream_answer)
+    monkeypatch.setattr(ChatModel, "prompt_ids", prompt_ids)
     return inputs
 
 
-def test_history_grows_and_is_cleared(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
+def test_history_grows_and_is_cleared(make_chat, type_lines, model_inputs, capsys, tmp_path):
     type_lines("你好", "再说", "/help", "", "x" * 300, "/reset", "new")
-    run_terminal_chat(make_chat_model(), tmp_path)
+    run_terminal_chat(make_chat(), tmp_path)
     assert model_inputs == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
     shown = capsys.readouterr().out
     assert shown.count("A巴\n") == 3 and "the model reads at most 96 (max_seq_len)]" in shown
     assert shown.count("tokens/s]") == 3 and "/save [FILE]" in shown
 
 
-def test_history_command_limits_turns(make_chat_model, type_lines, model_inputs, tmp_path):
+def test_history_command_limits_turns(make_chat, type_lines, model_inputs, tmp_path):
     type_lines("a", "b", "/history 0", "c", "/history 2", "d", "/history", "e", "/history x", "/exit", "never")
-    run_terminal_chat(make_chat_model(), tmp_path, history=1)
+    run_terminal_chat(make_chat("--history", 1), tmp_path)
     everything = ["a", "A巴", "b", "A巴", "c", "A巴", "d", "A巴", "e"]
     assert model_inputs == [["a"], ["a", "A巴", "b"], ["c"], ["b", "A巴", "c", "A巴", "d"], everything]
 
 
-def test_history_is_truncated_to_fit_the_answer(make_chat_model):
-    chat_model = make_chat_model("--system", "S")
+def test_history_is_truncated_to_fit_the_answer(make_chat):
+    chat_model = make_chat().chat_model
     turns = [{"role": role, "content": "说" * 3} for _ in range(4) for role in ("user", "assistant")]
-    ids = chat_model.prompt_ids([*turns, {"role": "user", "content": "q"}])
+    ids = chat_model.prompt_ids([{"role": "system", "content": "S"}, *turns, {"role": "user", "content": "q"}], 24)
     assert len(ids) <= 96 - 24
     assert chat_model.tokenizer.decode(ids).startswith("<|im_start|>system\nS<|im_end|>")
 
 
-def test_commands_change_sampling_settings(make_chat_model, type_lines, capsys, tmp_path):
-    chat_model = make_chat_model()
+def test_commands_change_sampling_settings(make_chat, type_lines, capsys, tmp_path):
+    chat = make_chat()
     type_lines(
         *("/temperature 0.5", "/top_k 7", "/seed 3", "/max_new_tokens 1", "a", "/system 你是A", "/temperature -1"),
         *("/temperature hot", "/top_k 1.5", "/seed none", "/top_p", "/nonsense", "/system"),
     )
-    run_terminal_chat(chat_model, tmp_path)
-    settings = chat_model.settings
+    run_terminal_chat(chat, tmp_path)
+    settings = chat.settings
     assert (settings.temperature, settings.top_k, settings.seed, settings.max_new_tokens) == (0.5, 7, None, 1)
-    assert chat_model.system == [] and chat_model.answers[0]["finish_reason"] == "length"
+    assert chat.system == [] and chat.answers[0]["finish_reason"] == "length"
     shown = capsys.readouterr().out
     assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is not a number]" in shown
     assert "[/top_k: 1.5 is not a whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
     assert "[system message set]" in shown and "/reset  " in shown
 
 
-def test_retry_samples_the_last_answer_again(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
+def test_retry_samples_the_last_answer_again(make_chat, type_lines, model_inputs, capsys, tmp_path):
     type_lines("/retry", "a", "b", "/retry")
-    run_terminal_chat(make_chat_model(), tmp_path)
+    run_terminal_chat(make_chat(), tmp_path)
     assert model_inputs == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
     assert "[the conversation is empty]" in capsys.readouterr().out
 
 
-def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsys, tmp_path):
+def test_saved_chat_is_readable_training_data(make_chat, type_lines, capsys, tmp_path):
     file = tmp_path / "new" / "chat.jsonl"
     type_lines("/save", "你好", "/system S", "b", f"/save {file}", f"/save {file}", "/save")
-    run_terminal_chat(make_chat_model(), tmp_path)
+    run_terminal_chat(make_chat(), tmp_path)
     shown = capsys.readouterr().out
     assert "[the conversation is empty]" in shown and f"[written: {file}]" in shown and "exists already" in shown
     (chat,) = read_chats([file], DataStats())
@@ -123,13 +118,13 @@ def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsy
     assert json.loads(named_by_time.read_text(encoding="utf-8")) == {"messages": chat.messages}
 
 
-def test_pretrained_model_continues_text_and_saves_it(make_chat_model, type_lines, tmp_path):
+def test_pretrained_model_continues_text_and_saves_it(make_chat, type_lines, tmp_path):
     type_lines("xP", f"/save {tmp_path / 't.jsonl'}")
-    run_terminal_chat(make_chat_model("--stage", "pretrain", "--max_new_tokens", "4"), tmp_path)
+    run_terminal_chat(make_chat("--stage", "pretrain", "--max_new_tokens", "4"), tmp_path)
     assert [document.text for document in read_texts([tmp_path / "t.jsonl"], DataStats())] == ["xParis"]
 
 
-def test_ctrl_c_stops_only_the_answer(make_chat_model, type_lines, monkeypatch, capsys, tmp_path):
+def test_ctrl_c_stops_only_the_answer(make_chat, type_lines, monkeypatch, capsys, tmp_path):
     def interrupted(*arguments):
         answer = arguments[-1]
         answer.text = "half"
@@ -140,14 +135,12 @@ def test_ctrl_c_stops_only_the_answer(make_chat_model, type_lines, monkeypatch, 
         raise KeyboardInterrupt
         yield ""
 
-    chat_model = make_chat_model()
+    chat = make_chat()
     monkeypatch.setattr(chat_model_module, "stream", interrupted)
-    assert chat_model.stream_answer([{"role": "user", "content": "a"}], interruptible=True) == "half"
-    assert "half [stopped]" in capsys.readouterr().out and chat_model.answers[0]["finish_reason"] == "stopped"
     with pytest.raises(KeyboardInterrupt):
-        chat_model.stream_answer([{"role": "user", "content": "a"}])
-    chat = TerminalChat(chat_model)
+        chat.send_message("a", is_interactive=False)
     chat.send_message("a")
+    assert "half [stopped]" in capsys.readouterr().out and chat.answers[0]["finish_reason"] == "stopped"
     assert [message["content"] for message in chat.messages] == ["a", "half"]
     monkeypatch.setattr(chat_model_module, "stream", at_once)
     chat.send_message("b")  # no text yet: the question is not added
@@ -156,7 +149,7 @@ def test_ctrl_c_stops_only_the_answer(make_chat_model, type_lines, monkeypatch, 
     with pytest.raises(UserError, match="the question is empty"):
         chat.send_message("  ")
     type_lines(KeyboardInterrupt, "a")
-    run_terminal_chat(chat_model, tmp_path)
+    run_terminal_chat(chat, tmp_path)
     assert "\n/help lists the commands" in capsys.readouterr().out
 
 

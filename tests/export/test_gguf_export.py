@@ -273,5 +273,4 @@ def test_go_templates_write_the_format(name, chats):
         branches = re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ end \}\}', body, re.S)
         turn = dict(branches).get(role, "") if branches else body
         text += turn.replace("{{ .Role }}", role).replace("{{ .Content }}", content)
-    wanted = chat.spans([{"role": r, "content": c} for r, c in messages], True)
-    assert text + end == "".join(piece for piece, _ in wanted)
+    assert text + end == chat.text([{"role": r, "content": c} for r, c in messages], True)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from export.hf_config import MODEL_TYPES, convert_hf_config
-from export.hf_import import open_model, unstack_experts
+from export.hf_folder import unstack_experts
+from export.hf_import import open_model
 from export.verify_hf import greedy_decode
 from model.config import ModelConfig
 from model.generate import generate

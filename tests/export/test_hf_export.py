@@ -235,7 +235,7 @@ def test_a_failed_export_leaves_no_files(failure, monkeypatch, make_checkpoint, 
     def fail(*arguments, **options):
         raise failure
 
-    monkeypatch.setattr("export.steps.check_hf_folder", fail)
+    monkeypatch.setattr("export.verify_hf.check_hf_folder", fail)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else UserError):
         run_export(monkeypatch, source, tmp_path / "a")
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]

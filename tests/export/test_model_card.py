@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from export.facts_file import LINEAGE_FILE, facts_json, read_facts
 from export.model_card import model_card
-from export.model_facts import model_facts
+from export.model_facts import LINEAGE_FILE, facts_json, model_facts, read_facts
 from model.checkpoint import load_model, record_parent, save_model
 from model.config import ModelConfig
 from model.lora import LoRAConfig, attach

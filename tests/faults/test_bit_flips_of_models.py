@@ -3,7 +3,6 @@
 Half of the bits are anywhere in the file, half outside the weights: headers, names, metadata, the zip directory.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -19,6 +18,7 @@ from model.checkpoint import load_model, read_checkpoint, record_parent, save_mo
 from model.lora import LoRAConfig, attach
 from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, run_script
 from tests.trainer.test_resume import stop_after
+from trainer.config import TrainConfig
 from trainer.state_files import SavedState, read_checked_json
 from trainer.train_state import complete_steps, read_train_state, recovery_advice
 
@@ -142,7 +142,7 @@ def test_a_flipped_bit_of_the_train_state_is_refused_or_harmless(
     shutil.copytree(interrupted_run / "pretrain_32.resume", path.with_suffix(".resume"))
 
     def read():
-        assert read_train_state(argparse.Namespace(resume="auto"), path)
+        assert read_train_state(TrainConfig(), path)
         return read_state(path)
 
     (folder,) = path.with_suffix(".resume").iterdir()

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from common.cli import parse
 from common.errors import UserError
 from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, run_process, run_script
+from trainer.config import TrainConfig
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--log_interval", "1"]
 SHORT += ["--max_steps", "8", "--save_interval", "2", "--eval_interval", "1000"]
@@ -34,19 +36,19 @@ def replace_losses(monkeypatch, steps, value=math.nan):
 
     real, seen = loop.train_step, []
 
-    def train_step(dist, args, engine, stage, batches):
+    def train_step(engine, micro_batches):
         seen.append(1)
         if len(seen) not in steps:
-            return real(dist, args, engine, stage, batches)
+            return real(engine, micro_batches)
         forward_backward = engine.forward_backward
 
-        def poisoned(batch, loss_scale, last):
-            loss, count, extras = forward_backward(batch, loss_scale, last)
-            return loss * value, count, extras
+        def poisoned(batch, loss_scale, is_last):
+            loss, metrics = forward_backward(batch, loss_scale, is_last)
+            return loss * value, metrics
 
         engine.forward_backward = poisoned
         try:
-            return real(dist, args, engine, stage, batches)
+            return real(engine, micro_batches)
         finally:
             engine.forward_backward = forward_backward
 
@@ -134,7 +136,7 @@ def test_ending_at_a_skipped_step_is_an_error(skipped, extra_flags, monkeypatch,
     replace_losses(monkeypatch, skipped)
     if "signal" in request.node.callspec.id:
         step = loop.train_step
-        monkeypatch.setattr(loop, "train_step", lambda *given: {**step(*given), "stop": 1.0})
+        monkeypatch.setattr(loop, "train_step", lambda *given: {**step(*given), "stop_requests": 1.0})
     with pytest.raises(UserError, match=r"the loss is not finite.*(starts anew|resumes from step 6)$"):
         run_pretrain(*extra_flags)
 
@@ -158,13 +160,13 @@ def test_an_fp16_scaler_that_skips_every_step_saves_nothing(monkeypatch, run_pre
 def test_a_save_due_at_a_skipped_step_happens_at_the_next_good_step(monkeypatch, run_pretrain, capsys):
     from trainer.checkpoint_writer import CheckpointWriter
 
-    save, saved = CheckpointWriter.save, []
+    save, saved = CheckpointWriter.start_writing, []
 
     def recorded_save(self, train_state, *more):
         saved.append(train_state.step)
         return save(self, train_state, *more)
 
-    monkeypatch.setattr(CheckpointWriter, "save", recorded_save)
+    monkeypatch.setattr(CheckpointWriter, "start_writing", recorded_save)
     replace_losses(monkeypatch, {4, 5})
     run_pretrain()
     assert saved == [2, 6, 8, 8], "step 4 waits for step 6; the end is saved before and after the validation"
@@ -180,13 +182,12 @@ def test_a_state_that_diverged_in_its_last_step_is_not_saved(change, step, monke
     real, steps, out = Engine.optimizer_step, [], tmp_path / "out"
 
     def bad_step(self, *given):
-        norm = real(self, *given)
+        real(self, *given)
         steps.append(1)
         if len(steps) == step:
             with torch.no_grad():
                 self.model.model.layers[0].mlp.down_proj.weight.mul_(change)
                 self.model.model.embed_tokens.weight.mul_(change)
-        return norm
 
     monkeypatch.setattr(Engine, "optimizer_step", bad_step)
     with pytest.raises(UserError, match=f"resumes from step {step - 2}$"):
@@ -229,7 +230,7 @@ def test_healthy_losses_do_not_end_a_run(unit, lineage, losses):
     guard = make_loss_guard(unit, lineage)
     for loss in losses:
         guard.train_state.loss = loss
-        guard.check_step({"skipped": 0.0, "loss": loss})
+        guard.check_step({"skipped": False, "loss": loss}, [])
 
 
 def make_loss_guard(unit, lineage):
@@ -241,17 +242,14 @@ def make_loss_guard(unit, lineage):
     config = types.SimpleNamespace(vocab_size=272)
     stage = types.SimpleNamespace(model=types.SimpleNamespace(config=config), loss_unit=unit, lineage=lineage)
     stage.checkpoint_path = lambda out_dir: ROOT / "out" / "model.pth"
-    args = types.SimpleNamespace(max_loss_ratio=3.0, out_dir="out")
-    return NonFiniteGuard(DistContext(torch.device("cpu"), torch.float32), args, stage, None, None)
+    return NonFiniteGuard(TrainConfig(), stage, None, None, DistContext(torch.device("cpu"), torch.float32))
 
 
 def test_the_help_lists_the_divergence_limits(capsys):
-    from trainer.legacy_config import make_training_parser
-
     with pytest.raises(SystemExit):
-        make_training_parser(None, {"muon": 1.0}).parse_args(["--help"])
+        parse(TrainConfig, None, ["--help"])
     message = " ".join(capsys.readouterr().out.split())
     assert "mean loss of the last 10 steps exceeds this multiple of the first loss (0: off)" in message
     for bad in ("1", "-1", "nan", "inf"):
         with pytest.raises(UserError, match=r"0 \(off\) or a number of at least 1\.5"):
-            make_training_parser(None, {"muon": 1.0}).parse_args(["--max_loss_ratio", bad])
+            parse(TrainConfig, None, ["--max_loss_ratio", bad])

@@ -19,8 +19,8 @@ from corpus.dataset_meta import read_meta, write_meta
 from corpus.dataset_writer import dataset_staging_folder, replace_dataset
 from corpus.shard_writer import ShardWriter
 from corpus.tokenize_chats import tokenize_chats
-from export.facts_file import LINEAGE_FILE
-from export.steps import staging_folder
+from export.hf_export import staging_folder
+from export.model_facts import LINEAGE_FILE
 from model.tokenizer import load_tokenizer
 from tests.helpers import make_chat_row
 

@@ -180,9 +180,9 @@ def test_beam_searches_and_sampled_sequences_in_one_batch_equal_each_alone(use_m
             options = {**KINDS[i % 5], "max_new_tokens": 5 + 7 * (i % 4)}
             sequences.append(Sequence(model, tokenizer, PROMPTS[i % 3], SamplingParams(**options), Completion()))
             batch.prefill(sequences[-1:])
-        elif batch.slots:
+        elif batch.rows:
             batch.decode()
-    assert batch.cache is None and not batch.slots
+    assert batch.cache is None and not batch.rows
     for sequence in sequences:
         assert [sequence.completion] == generate(model, [sequence.prompt], sequence.settings, tokenizer)
 
@@ -193,11 +193,11 @@ def test_removing_a_beam_search_frees_all_its_slots(model, tokenizer):
         Sequence(model, tokenizer, [50], SamplingParams(max_new_tokens=9, **kind), Completion()) for kind in (BEAMS, {})
     )
     batch.prefill([search, plain])
-    assert len(batch.slots) == 5 and batch.sequences == [search, plain]
+    assert len(batch.rows) == 5 and batch.sequences == [search, plain]
     batch.remove(search)
-    assert [slot.sequence for slot in batch.slots] == [plain]
+    assert [seq for seq, _ in batch.rows] == [plain]
     assert not batch.cache.keys[:, 1:].any() and not batch.cache.values[:, 1:].any()
-    while batch.slots:
+    while batch.rows:
         batch.decode()
     assert [plain.completion] == generate(model, [[50]], plain.settings, tokenizer)
 

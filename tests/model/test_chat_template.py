@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from model.chat_template import CHAT_FORMATS
-from model.render import render_texts
-from model.tokenizer import LEGACY_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
+from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
+from model.tokenizer_files import LEGACY_TEMPLATE
 from tests.helpers import IGNORE_TOKEN_FOLDERS, load_weights, run_process, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 
@@ -205,17 +205,17 @@ def test_mask_covers_exactly_the_answers(tokenizer_pairs, contents, system):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(several=st.lists(_CHAT, min_size=1, max_size=5), prompt=st.booleans())
-def test_render_batch_equals_rendering_each_chat(tokenizer_pairs, several, prompt):
+def test_render_each_equals_rendering_each_chat(tokenizer_pairs, several, prompt):
     """The mask, found by binary search, equals a test of every token: does it begin in an answer?"""
     chats = [chat_of(contents, False) for contents in several]
     for tokenizer, _ in tokenizer_pairs:
-        batch = tokenizer.render_batch(chats, prompt)
-        assert batch == [tokenizer.render(chat, prompt) for chat in chats]
-        for chat, (_, mask) in zip(chats, batch, strict=True):
-            ((parts, answers, _),) = render_texts(tokenizer.format, tokenizer._markers, chat, prompt)
+        batch = [rendered.samples[-1] for rendered in tokenizer.render_each(chats, prompt)]
+        assert [(ids, mask) for ids, mask, _ in batch] == [tokenizer.render(chat, prompt) for chat in chats]
+        for chat, (_, mask, _) in zip(chats, batch, strict=True):
+            (((_, answers, _), parts),), _ = tokenizer.renderer._sample_texts(chat, prompt)
             starts, place = [], 0
             for part in parts:
-                encoding = tokenizer._special_aware.encode(part, add_special_tokens=False)
+                encoding = tokenizer.renderer.backend.encode(part, add_special_tokens=False)
                 starts += [place + start for start, _ in encoding.offsets]
                 place += len(part) + 1
             assert mask == [int(any(first <= start < end for first, end in answers)) for start in starts]

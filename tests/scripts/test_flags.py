@@ -29,7 +29,8 @@ ZERO_MEANINGS = {
     "price_per_hour": "the table's", "lora_dropout": "none", "simpo_gamma": "no margin", "sft_weight": "none",
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
-    "max_bad_share": "not one bad row", "val_share": "none", "samples": "none", "min_words": "no limit",
+    "max_bad_share": "not one bad row", "max_bad_fraction": "not one bad row", "val_fraction": "none",
+    "samples": "none", "min_words": "no limit",
     "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
@@ -37,7 +38,8 @@ FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
-    "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_share", "max_bad_share", "keep_share",
+    "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_fraction", "max_bad_share",
+    "max_bad_fraction", "keep_fraction",
     "overlap", "length_penalty", "dist_timeout",
 }  # fmt: skip
 PATHS = {

@@ -20,8 +20,10 @@ import urllib.request
 import pytest
 import torch
 
+from common import cli
 from common.errors import UserError
-from tests.helpers import ROOT, child_cpu_seconds, load_script, run_process, run_script
+from serving.config import ServeConfig
+from tests.helpers import ROOT, child_cpu_seconds, run_process, run_script
 from tests.serving.server_helpers import run_server, save_random_model
 
 SCRIPT = "serve_openai_api.py"
@@ -38,7 +40,7 @@ def test_invalid_flags_are_one_line_errors(monkeypatch, checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for flags, message in (
-            (["--seats", "0"], "--seats: 0 is not a whole number of at least 1"),
+            (["--max_num_seqs", "0"], "--max_num_seqs: 0 is not a whole number of at least 1"),
             (["--queue", "-1"], "--queue: -1 is not a whole number of at least 0"),
             (["--port", "70000"], "--port: 70000 is not a whole number from 0 to 65535"),
             (
@@ -62,47 +64,52 @@ def test_invalid_flags_are_one_line_errors(monkeypatch, checkpoint, tmp_path):
             assert "\n" not in str(error.value)
 
 
-def parse_limits(*flags):
-    script = load_script(SCRIPT)
-    return script.make_limits(script.make_parser().parse_args([*map(str, flags)]))
+def parse_config(*flags):
+    return cli.parse(ServeConfig, None, [*map(str, flags)])
 
 
 def test_keys_come_from_a_flag_the_environment_and_a_file(monkeypatch, tmp_path):
     file = tmp_path / "keys.txt"
     file.write_text("first\n\n  second \n")
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
-    assert parse_limits().api_keys == ()
-    assert parse_limits("--api_key_file", file).api_keys == ("first", "second")
-    assert parse_limits("--api_key", "flag", "--api_key_file", file).api_keys == ("flag", "first", "second")
+    assert parse_config().api_keys == ()
+    assert parse_config("--api_key_file", file).api_keys == ("first", "second")
+    assert parse_config("--api_key", "flag", "--api_key_file", file).api_keys == ("flag", "first", "second")
     monkeypatch.setenv("MENGYA_API_KEY", "from-the-environment")
-    assert parse_limits().api_keys == ("from-the-environment",)
-    assert parse_limits("--api_key", "flag").api_keys == ("flag",)
-    assert parse_limits("--host", "0.0.0.0").api_keys == ("from-the-environment",)
+    assert parse_config().api_keys == ("from-the-environment",)
+    assert parse_config("--api_key", "flag").api_keys == ("flag",)
+    assert parse_config("--host", "0.0.0.0").api_keys == ("from-the-environment",)
     for content, message in ((b"\n \n", "no key in it"), (b"\xff\xfe", "not UTF-8 text"), (b"a b\n", "without spaces"),
                              (None, "No such file")):  # fmt: skip
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(UserError, match=f"--api_key_file .*{message}") as error:
-            parse_limits("--api_key_file", file)
+            parse_config("--api_key_file", file)
         assert "\n" not in str(error.value)
 
 
 def test_a_server_without_a_key_restricts_host_names(monkeypatch):
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
-    local = ("localhost", "127.0.0.1", "::1")
-    assert parse_limits().allowed_hosts == (*local, "127.0.0.1")
-    assert parse_limits("--host", "127.0.0.2").allowed_hosts == (*local, "127.0.0.2")
-    assert parse_limits("--allowed_hosts", "a.example,b.example").allowed_hosts[-2:] == ("a.example", "b.example")
-    assert parse_limits("--host", "0.0.0.0", "--api_key", "k").allowed_hosts is None
-    named = parse_limits("--host", "0.0.0.0", "--api_key", "k", "--allowed_hosts", "chat.example")
-    assert "chat.example" in named.allowed_hosts
+    local = {"localhost", "127.0.0.1", "::1"}
+    assert parse_config().accepted_hosts == local
+    assert parse_config("--host", "127.0.0.2").accepted_hosts == local | {"127.0.0.2"}
+    named = parse_config("--allowed_hosts", "A.example,b.example")
+    assert named.accepted_hosts == local | {"a.example", "b.example"}
+    assert parse_config("--host", "0.0.0.0", "--api_key", "k").accepted_hosts is None
+    named = parse_config("--host", "0.0.0.0", "--api_key", "k", "--allowed_hosts", "chat.example")
+    assert "chat.example" in named.accepted_hosts
+
+
+def test_old_spellings_of_flags_are_accepted():
+    config = parse_config("--seats", 3, "--queue", 0)
+    assert (config.max_num_seqs, config.max_queue) == (3, 0)
 
 
 def test_max_queued_bytes_follows_max_request_bytes(monkeypatch):
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
-    assert parse_limits().max_queued_bytes == 2**24
-    assert parse_limits("--max_request_bytes", 100).max_queued_bytes == 1600
+    assert parse_config().queued_bytes_limit == 2**24
+    assert parse_config("--max_request_bytes", 100).queued_bytes_limit == 1600
     with pytest.raises(UserError, match="--max_queued_bytes 99 is less than --max_request_bytes 100"):
-        parse_limits("--max_request_bytes", 100, "--max_queued_bytes", 99)
+        parse_config("--max_request_bytes", 100, "--max_queued_bytes", 99)
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from model.checkpoint import save_model
+from model.completion import Completion, Sequence
 from model.config import ModelConfig
+from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-
-CPU = torch.device("cpu")
+from serving.config import ServeConfig
+from serving.scheduler import Request, Scheduler, TokenEvent
 
 
 def make_random_model(tokenizer: ChatTokenizer, **changes) -> Transformer:
@@ -35,35 +37,75 @@ def save_random_model(path: Path, tokenizer: ChatTokenizer, stage: str = "full_s
     return str(path)
 
 
+def make_sequence(model, tokenizer, prompt, index=0, **options) -> Sequence:
+    return Sequence(model, tokenizer, prompt, SamplingParams(**options), Completion(), index)
+
+
+class SchedulerDriver:
+    """A scheduler without a thread, and the events of its steps."""
+
+    def __init__(self, model, tokenizer, max_num_seqs=4, max_queue=4):
+        self.model, self.tokenizer = model, tokenizer
+        self.scheduler = Scheduler(model, tokenizer, max_num_seqs, max_queue)
+        self.events: list[TokenEvent] = []
+
+    def add(self, prompts, **options) -> list[Request]:
+        sequences = [make_sequence(self.model, self.tokenizer, prompt, **options) for prompt in prompts]
+        requests = [Request(sequence, i) for i, sequence in enumerate(sequences)]
+        self.scheduler.add(requests)
+        return requests
+
+    def step(self, count=1) -> None:
+        for _ in range(count):
+            self.events += self.scheduler.step() + self.scheduler.step_job()
+
+    def run(self) -> None:
+        while self.scheduler.has_work:
+            self.step()
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.status()["running"]
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.status()["waiting"]
+
+    def finish_reason(self, request) -> str:
+        return next((item.finish_reason for item in self.events if item.request is request and item.finish_reason), "")
+
+    def text_of(self, request) -> str:
+        return "".join(item.text for item in self.events if item.request is request)
+
+
 @dataclass
 class RunningServer:
     url: str  # without a trailing slash
     service: Any  # serving.service.CompletionService
 
     def status(self, name: str | None = None) -> dict[str, int]:
-        status = self.service.engine.status()
+        status = self.service.status()
         return status[name or next(iter(status))]
 
     def wait_until_idle(self, seconds: float = 5) -> float:
         """Seconds until no request is running or waiting. Fails after `seconds`."""
         started = time.monotonic()
-        while any(status["running"] or status["waiting"] for status in self.service.engine.status().values()):
-            assert time.monotonic() - started < seconds, self.service.engine.status()
+        while any(status["running"] or status["waiting"] for status in self.service.status().values()):
+            assert time.monotonic() - started < seconds, self.service.status()
             time.sleep(0.005)
         return time.monotonic() - started
 
 
 @contextlib.contextmanager
-def run_server(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[RunningServer]:
-    """`limits`: a serving.limits.ServerLimits. FastAPI is imported here because the engine's tests run without it."""
+def run_server(checkpoints: list[str], **flags: Any) -> Iterator[RunningServer]:
+    """Serve the models with these flags of ServeConfig. FastAPI is imported here: the scheduler's tests run without."""
     from serving.app import make_app
     from serving.connections import make_server
-    from serving.limits import ServerLimits
     from serving.models import open_models
 
-    limits = limits or ServerLimits()
-    app = make_app(open_models(checkpoints, max_context, CPU), limits, contextlib.nullcontext)
-    server = make_server(app, limits)
+    config = ServeConfig(checkpoint=tuple(checkpoints), device="cpu", **flags)
+    app = make_app(open_models(config), config)
+    server = make_server(app, config)
     with socket.create_server(("127.0.0.1", 0)) as server_socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
         thread.start()

@@ -13,7 +13,6 @@ import pytest
 
 from model.generate import generate
 from model.sampling import SamplingParams
-from serving.limits import ServerLimits
 from tests.helpers import run_script
 from tests.serving.server_helpers import run_server, save_random_model
 
@@ -26,7 +25,7 @@ def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     files = [f"{name}={save_random_model(folder / f'{name}.pth', tokenizer.with_chat_format(name))}"
              for name in ("chatml", "belle", "mindllm")]  # fmt: skip
-    with run_server(files, ServerLimits(max_num_seqs=6)) as server:
+    with run_server(files, max_num_seqs=6) as server:
         yield server
 
 
@@ -137,5 +136,7 @@ def test_a_preset_with_too_many_beams_is_a_startup_error(monkeypatch, tokenizer,
     from common.errors import UserError
 
     path = save_random_model(tmp_path / "full_sft_32.pth", tokenizer.with_chat_format("mindllm"))
-    with pytest.raises(UserError, match=r"--seats 2 is less than the num_beams of full_sft_32's .*: set --seats 4"):
+    with pytest.raises(
+        UserError, match=r"--max_num_seqs 2 is less than the num_beams of full_sft_32's .*: set --max_num_seqs 4"
+    ):
         run_script(monkeypatch, "serve_openai_api.py", "--checkpoint", path, "--port", "0", "--seats", "2")

@@ -17,7 +17,7 @@ from model.generate import DecodeBatch, generate
 from model.logprobs import TokenLogprob, prompt_logprobs
 from model.sampling import SamplingParams
 from model.tokenizer import load_tokenizer
-from serving.echo import echoed_logprobs, echoed_text
+from serving.responses import echoed_logprobs, echoed_text
 from tests.serving.server_helpers import make_random_model, run_server, save_random_model
 
 PROMPTS = ["The sky is 天空 😀 <|im_end|>", "好", "a\nb" * 20]

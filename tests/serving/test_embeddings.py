@@ -7,7 +7,6 @@ whose client has disconnected is aborted.
 """
 
 import base64
-import contextlib
 import json
 import socket
 import struct
@@ -22,9 +21,8 @@ import torch
 from model.generate import generate
 from model.sampling import SamplingParams
 from serving.embeddings import EmbeddingJob, embedding_batches
-from serving.limits import ServerLimits
-from serving.scheduler import PREFILL_TOKENS, InferenceEngine, QueueFull
-from tests.serving.server_helpers import make_random_model, run_server, save_random_model
+from serving.scheduler import PREFILL_TOKENS, QueueFull, abort
+from tests.serving.server_helpers import SchedulerDriver, make_random_model, run_server, save_random_model
 
 INPUTS = ["The sky", "天空是蓝的 😀", "a", "b" * 90]
 
@@ -34,7 +32,7 @@ def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     chat = save_random_model(folder / "full_sft_32.pth", tokenizer, max_seq_len=512)
     moe = save_random_model(folder / "pretrain_32_moe.pth", tokenizer, "pretrain", max_seq_len=128, use_moe=True)
-    with run_server([f"chat={chat}", f"moe={moe}"], ServerLimits(max_queue=8)) as server:
+    with run_server([f"chat={chat}", f"moe={moe}"], max_queue=8) as server:
         yield server
 
 
@@ -155,82 +153,67 @@ def test_concurrent_embeddings_and_completions_do_not_change_each_other(client, 
     server.wait_until_idle()
 
 
-# ------------------------------------------------------------------------------------------------ jobs in the engine
+# ------------------------------------------------------------------------------------------------ jobs in the scheduler
 
 
 @pytest.fixture
-def events():
-    return []
+def driver(tokenizer):
+    return SchedulerDriver(make_random_model(tokenizer), tokenizer, max_num_seqs=1, max_queue=2)
 
 
-@pytest.fixture
-def engine(tokenizer, events):
-    engine = InferenceEngine(
-        {"m": (make_random_model(tokenizer), tokenizer)}, 1, 2, contextlib.nullcontext, events.extend
-    )
-    yield engine
-    if engine.thread.is_alive():
-        engine.stop()
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_jobs_alternate_and_count_against_the_queue(engine, events):
-    long, short = EmbeddingJob([[5] * 250] * 60), EmbeddingJob([[5]])
-    engine.add_requests("m", [long])
-    engine.add_requests("m", [short])
-    assert engine.status()["m"]["waiting"] == 2
-    engine.add_requests("m", [EmbeddingJob([[6]])])
+def test_jobs_alternate_and_count_against_the_queue(driver):
+    long, short, third = EmbeddingJob([[5] * 250] * 60), EmbeddingJob([[5]]), EmbeddingJob([[6]])
+    for job in (long, short, third):
+        driver.scheduler.add([job])
+    assert driver.num_waiting == 3
     with pytest.raises(QueueFull):
-        engine.add_requests("m", [EmbeddingJob([[7]])])
-    engine.start()
-    wait_for(lambda: len(events) == 3)
-    assert events[-1].request is long and all(item.finish_reason == "stop" for item in events)
-    assert engine.status()["m"]["waiting"] == 0
+        driver.scheduler.add([EmbeddingJob([[7]])])
+    driver.run()
+    assert [(item.request, item.finish_reason) for item in driver.events] == [
+        (short, "stop"),
+        (third, "stop"),
+        (long, "stop"),
+    ]
+    assert driver.num_waiting == 0
 
 
-def test_a_disconnect_aborts_the_job(server, engine, events):
-    job = EmbeddingJob([[5] * 250] * 60)
-    engine.add_requests("m", [job])
-    engine.abort([job])
-    assert engine.status()["m"]["waiting"] == 0
-    engine.start()
-    other = EmbeddingJob([[5]])
-    engine.add_requests("m", [other])
-    wait_for(lambda: events)
-    assert events[0].request is other and not any(job.vectors)
+def test_a_disconnect_aborts_the_job(server, driver):
+    job, other = EmbeddingJob([[5] * 250] * 60), EmbeddingJob([[5]])
+    driver.scheduler.add([job])
+    driver.step()
+    abort([job])
+    assert driver.num_waiting == 0
+    driver.scheduler.add([other])
+    driver.run()
+    assert [item.request for item in driver.events] == [other] and len(job.vectors) < 60
 
     body = json.dumps({"model": "chat", "input": ["b" * 500] * 1500}).encode()
     head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        wait_for(lambda: server.status()["waiting"])
+        deadline = time.monotonic() + 20
+        while not server.status()["waiting"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
     assert server.wait_until_idle() < 1.0, "the whole request would take several seconds"
 
 
-def test_a_failing_job_fails_alone(engine, events, capsys):
+def test_a_failing_job_fails_alone(driver, capsys):
     bad, good = EmbeddingJob([[10**6]]), EmbeddingJob([[5]])
-    engine.start()
-    engine.add_requests("m", [bad])
-    engine.add_requests("m", [good])
-    wait_for(lambda: len(events) == 2)
-    assert [(item.request, item.finish_reason) for item in events] == [(bad, "error"), (good, "stop")]
+    driver.scheduler.add([bad])
+    driver.scheduler.add([good])
+    driver.run()
+    assert [(item.request, item.finish_reason) for item in driver.events] == [(bad, "error"), (good, "stop")]
     assert "IndexError" in capsys.readouterr().err
 
 
-def test_stopping_the_engine_ends_its_jobs_with_an_error(engine, events):
+def test_fail_ends_jobs_with_an_error(driver):
     jobs = [EmbeddingJob([[5] * 250] * 200) for _ in range(2)]
     for job in jobs:
-        engine.add_requests("m", [job])
-    engine.start()
-    engine.stop()
-    assert {item.request for item in events} == set(jobs)
-    assert "error" in {item.finish_reason for item in events}
+        driver.scheduler.add([job])
+    driver.step()
+    events = driver.scheduler.fail(including_waiting=True)
+    assert {(item.request, item.finish_reason) for item in events} == {(job, "error") for job in jobs}
 
 
 def test_a_failing_model_is_a_500_error_body(server, monkeypatch):

@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from model.generate import chat_prompt
-from serving.limits import ServerLimits
+from serving.config import ServeConfig
 from serving.middleware import host_name
 from serving.models import open_models
-from tests.serving.server_helpers import CPU, run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 2}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -39,8 +39,8 @@ def server(checkpoint):
 @pytest.fixture(scope="module")
 def strict_server(checkpoint):
     """A server of few connections, short timeouts and a small limit for large bodies."""
-    limits = ServerLimits(max_connections=5, client_timeout=0.5, max_request_bytes=200_000, max_queued_bytes=200_000)
-    with run_server([checkpoint], limits, max_context=8192) as server:
+    limits = {"max_connections": 5, "client_timeout": 1, "max_request_bytes": 200_000, "max_queued_bytes": 200_000}
+    with run_server([checkpoint], **limits, max_context=8192) as server:
         yield server
 
 
@@ -95,7 +95,7 @@ def test_a_text_that_cannot_fit_is_rejected_before_it_is_tokenised(server, monke
 
 
 def test_long_histories_become_the_same_tokens_as_without_the_check(checkpoint):
-    (served,) = open_models([checkpoint], 128, CPU).values()
+    (served,) = open_models(ServeConfig(checkpoint=(checkpoint,), max_context=128, device="cpu")).values()
     turns = [{"role": role, "content": f"{role} {i} " + "中" * (i % 7) * 9} for i in range(80)
              for role in ("user", "assistant")]  # fmt: skip
     num_shortened = 0
@@ -132,7 +132,7 @@ def test_a_long_list_of_wrong_entries_costs_one_error(server, path, body):
 # ------------------------------------------------------------------------------------------------ hosts and origins
 
 
-def test_only_names_of_this_server_are_accepted(server, checkpoint):
+def test_only_names_of_this_server_are_accepted(server, checkpoint, tmp_path):
     port = address(server)[1]
     for host, allowed in (
         ("localhost", True), (f"LOCALHOST:{port}", True), ("127.0.0.1:1", True), (f"[::1]:{port}", True),
@@ -144,7 +144,8 @@ def test_only_names_of_this_server_are_accepted(server, checkpoint):
             assert response.status_code == (200 if allowed else 403), host
         assert post(server, headers={"Host": host}).status_code == (200 if allowed else 403)
     assert "--allowed_hosts evil.example" in CLIENT.get(server.url, headers={"Host": "evil.example"}).text
-    with run_server([checkpoint], ServerLimits(allowed_hosts=None, api_keys=("a", "b"))) as keyed:
+    (tmp_path / "keys").write_text("b\n")
+    with run_server([checkpoint], api_key="a", api_key_file=str(tmp_path / "keys")) as keyed:
         for key, status in (("a", 200), ("b", 200), ("c", 401), ("ab", 401)):
             headers = {"Host": "chat.example", "Authorization": f"Bearer {key}"}
             assert CLIENT.get(f"{keyed.url}/v1/models", headers=headers).status_code == status
@@ -156,10 +157,10 @@ def test_web_pages_of_other_hosts_get_403(checkpoint, server):
         ("https://evil.example", False), ("null", False), ("http://localhost.evil.example", False), ("http://[", False),
     ):  # fmt: skip
         assert post(server, headers={"Origin": origin}).status_code == (200 if allowed else 403), origin
-    with run_server([checkpoint], ServerLimits(cors=("https://chat.example.org",))) as other:
+    with run_server([checkpoint], cors=("https://chat.example.org",)) as other:
         assert post(other, headers={"Origin": "https://chat.example.org"}).status_code == 200
         assert post(other, headers={"Origin": "https://chat.example.org:444"}).status_code == 403
-    with run_server([checkpoint], ServerLimits(cors=("*",))) as other:
+    with run_server([checkpoint], cors=("*",)) as other:
         assert post(other, headers={"Origin": "https://chat.example.org"}).status_code == 200
 
 
@@ -172,7 +173,7 @@ def test_host_names_are_parsed_from_authorities():
 
 def test_large_bodies_together_are_bounded_and_small_ones_are_not(checkpoint):
     half = b'{"user": "' + b"x" * 150_000
-    with run_server([checkpoint], ServerLimits(max_request_bytes=200_000, max_queued_bytes=200_000)) as server:
+    with run_server([checkpoint], max_request_bytes=200_000, max_queued_bytes=200_000) as server:
         with socket.create_connection(address(server)) as first:
             first.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + half)
             time.sleep(0.3)
@@ -264,14 +265,14 @@ def test_a_client_that_never_reads_frees_its_slot(strict_server):
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         while not strict_server.status()["running"]:
             time.sleep(0.01)
-        (request,) = next(iter(strict_server.service.engine.schedulers.values())).running.values()
+        (request,) = next(iter(strict_server.service.schedulers.values())).running.values()
         strict_server.wait_until_idle(20)
         assert len(request.sequence.completion.ids) < 8000, "aborted, not finished"
 
 
 def test_small_requests_do_not_wait_behind_large_ones(server, monkeypatch):
     """The worker thread of large bodies is kept busy for a second."""
-    pool, has_begun = server.service.worker_pools.large, threading.Event()
+    pool, has_begun = server.service.large_bodies, threading.Event()
     pool.executor.submit(lambda: (has_begun.set(), time.sleep(1)))
     has_begun.wait()
     started = time.perf_counter()

@@ -17,7 +17,6 @@ import httpx
 import psutil
 import pytest
 
-from serving.limits import ServerLimits
 from tests.serving.server_helpers import run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}
@@ -33,15 +32,15 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server_with_key(checkpoint):
-    limits = ServerLimits(api_keys=("secret-1",), max_request_bytes=2000, cors=("https://chat.example.org",))
-    with run_server([checkpoint], limits) as server:
+    flags = {"api_key": "secret-1", "max_request_bytes": 2000, "cors": ("https://chat.example.org",)}
+    with run_server([checkpoint], **flags) as server:
         yield server
 
 
 @pytest.fixture
 def small_server(checkpoint):
     """max_num_seqs 2 and a queue of 2."""
-    with run_server([checkpoint], ServerLimits(max_num_seqs=2, max_queue=2), max_context=8192) as server:
+    with run_server([checkpoint], max_num_seqs=2, max_queue=2, max_context=8192) as server:
         yield server
 
 
@@ -197,7 +196,7 @@ async def ask_concurrently(server, size, num_disconnects):
 
 def test_fifty_clients_with_ten_disconnects_leave_no_request_and_flat_memory(checkpoint, capfd):
     process = psutil.Process()
-    with run_server([checkpoint], ServerLimits(), max_context=8192) as server:
+    with run_server([checkpoint], max_context=8192) as server:
         memory = []
         for _ in range(6):
             answers = asyncio.run(ask_concurrently(server, 50, 10))
@@ -207,6 +206,6 @@ def test_fifty_clients_with_ten_disconnects_leave_no_request_and_flat_memory(che
             server.wait_until_idle()
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
-        assert len(server.service.engine.schedulers["full_sft_32"].running) == 0
+        assert len(server.service.schedulers["full_sft_32"].running) == 0
         assert memory[-1] - memory[2] < 10, memory  # MiB, over 150 requests
     assert "Traceback" not in capfd.readouterr().err

@@ -15,7 +15,6 @@ from model.chat_template import CHAT_FORMATS
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
-from serving.limits import ServerLimits
 from tests.serving.server_helpers import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
@@ -79,7 +78,7 @@ def test_a_name_that_is_served_or_left_out_needs_no_header(server):
 
 
 def test_strict_names_and_several_models_reject_unknown_names(checkpoint):
-    with run_server([checkpoint], ServerLimits(strict_model_names=True)) as server:
+    with run_server([checkpoint], strict_model_names=True) as server:
         for path, body in (("chat/completions", {}), ("completions", {"prompt": "a"}), ("embeddings", {"input": "a"})):
             response = post(server, path, model="model-identifier", **body)
             error = response.json()["error"]
@@ -204,7 +203,7 @@ def test_a_continued_answer_has_the_leading_ids_of_the_whole_one(tokenizer, mess
         longer = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + "5 and more"}]
         whole = kind.render_unfinished(longer)
         assert whole[: len(ids)] == ids and kind.decode(whole[len(ids) :]) == "5 and more"
-        rendered = kind.decode(kind._special_aware.encode(kind.format.text(longer)).ids)
+        rendered = kind.decode(kind.renderer.backend.encode(kind.format.text(longer)).ids)
         assert rendered.startswith(kind.decode(whole)) and kind.decode(ids).endswith(messages[-1]["content"])
         if kind.format_name != "template":
             written, mask = kind.render(longer)

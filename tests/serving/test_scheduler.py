@@ -1,26 +1,22 @@
 """Continuous batching: the answer to a request does not depend on the other requests or on when they join and leave.
 
 Promises: sequences that join and leave between any two tokens are answered as if alone, greedy or sampled; a finished
-or aborted request frees its slot at once; the queue is bounded; a failing model fails its requests and not the engine;
+or aborted request frees its slot at once; the queue is bounded; a failing model fails its running requests only;
 penalties and log-probabilities match their definitions.
 """
 
-import contextlib
 import math
-import threading
-import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.completion import Completion, Sequence
 from model.detokenizer import token_bytes
 from model.generate import DecodeBatch, generate
 from model.sampling import SamplingParams, apply_count_penalties, sample, sample_rows
-from serving.scheduler import InferenceEngine, QueueFull, Request, TokenEvent
-from tests.serving.server_helpers import make_random_model
+from serving.scheduler import QueueFull, abort
+from tests.serving.server_helpers import SchedulerDriver, make_random_model, make_sequence
 
 PROMPTS = [[50, 60, 70], [100] * 40, [80, 81], [90, 91, 92, 93, 94], [33] * 70, [40]]
 
@@ -28,10 +24,6 @@ PROMPTS = [[50, 60, 70], [100] * 40, [80, 81], [90, 91, 92, 93, 94], [33] * 70, 
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return make_random_model(tokenizer)
-
-
-def make_sequence(model, tokenizer, prompt, number=0, **options):
-    return Sequence(model, tokenizer, prompt, SamplingParams(**options), Completion(), number)
 
 
 # ------------------------------------------------------------------------------------------------ the batch
@@ -152,174 +144,126 @@ def test_sequences_with_different_settings_are_sampled_independently():
     assert together.tolist() == alone
 
 
-# ------------------------------------------------------------------------------------------------ the engine
-
-
-class EngineClient:
-    """Submits requests to an engine and collects its events."""
-
-    def __init__(self, model, tokenizer, max_num_seqs=4, max_queue=4):
-        self.model, self.tokenizer = model, tokenizer
-        self.events: list[TokenEvent] = []
-        self.received = threading.Condition()
-        pairs = {"one": (model, tokenizer), "two": (model, tokenizer)}
-        self.engine = InferenceEngine(pairs, max_num_seqs, max_queue, contextlib.nullcontext, self.on_events)
-
-    def on_events(self, events):
-        with self.received:
-            self.events += events
-            self.received.notify()
-
-    def submit(self, prompts, name="one", **options):
-        requests = [
-            Request(make_sequence(self.model, self.tokenizer, prompt, **options), i) for i, prompt in enumerate(prompts)
-        ]
-        self.engine.add_requests(name, requests)
-        return requests
-
-    def wait_for(self, condition, seconds=20):
-        with self.received:
-            assert self.received.wait_for(condition, seconds)
-
-    def finish_reason(self, request):
-        return next((item.finish_reason for item in self.events if item.request is request and item.finish_reason), "")
-
-    def text_of(self, request):
-        return "".join(item.text for item in self.events if item.request is request)
+# ------------------------------------------------------------------------------------------------ the scheduler
 
 
 @pytest.fixture
-def client(model, tokenizer):
-    client = EngineClient(model, tokenizer)
-    client.engine.start()
-    yield client
-    client.engine.stop()
+def driver(model, tokenizer):
+    return SchedulerDriver(model, tokenizer)
 
 
-def test_every_request_gets_the_answer_it_would_get_alone(client):
-    asked = [(prompts, client.submit(prompts, name, max_new_tokens=30)) for name in ("one", "two") for prompts in
-             (PROMPTS[:2], PROMPTS[2:5])]  # fmt: skip
-    requests = [request for _, group in asked for request in group]
-    client.wait_for(lambda: all(map(client.finish_reason, requests)))
-    for prompts, group in asked:
-        alone = generate(client.model, prompts, SamplingParams(max_new_tokens=30), client.tokenizer)
+def test_every_request_gets_the_answer_it_would_get_alone(driver):
+    groups = [(prompts, driver.add(prompts, max_new_tokens=30)) for prompts in (PROMPTS[:2], PROMPTS[2:5])]
+    driver.run()
+    for prompts, group in groups:
+        alone = generate(driver.model, prompts, SamplingParams(max_new_tokens=30), driver.tokenizer)
         assert [request.sequence.completion for request in group] == alone
-        assert [client.text_of(request) for request in group] == [answer.text for answer in alone]
-    assert all(status["running"] == status["waiting"] == 0 for status in client.engine.status().values())
+        assert [driver.text_of(request) for request in group] == [answer.text for answer in alone]
+    assert driver.num_running == driver.num_waiting == 0
 
 
-def test_the_queue_is_bounded_and_says_when_to_retry(client):
-    requests = client.submit([[50]] * 8, max_new_tokens=200)
-    with pytest.raises(QueueFull) as full:
-        client.submit([[50]])
-    assert 1 <= full.value.retry_after <= 60
-    assert client.submit([[50]], "two", max_new_tokens=1)  # max_num_seqs counts per model
+def test_the_queue_is_bounded_and_says_when_to_retry(driver):
+    requests = driver.add([[50]] * 8, max_new_tokens=200)
+    driver.step()
+    assert (driver.num_running, driver.num_waiting) == (4, 4)
+    for check in (driver.scheduler.check_capacity, lambda: driver.add([[50]])):
+        with pytest.raises(QueueFull) as full:
+            check()
+        assert 1 <= full.value.retry_after <= 60
     with pytest.raises(ValueError, match="9 answers in one request are too many: at most 8"):
-        client.submit([[50]] * 9)
-    client.engine.abort(requests)
-    client.wait_for(lambda: True)
-    assert client.submit([[50]] * 4, max_new_tokens=1)
+        driver.add([[50]] * 9)
+    abort(requests)
+    assert driver.add([[50]] * 4, max_new_tokens=1)
 
 
-def test_an_aborted_request_frees_its_slot_for_the_next(client):
-    first = client.submit([[50]] * 4, max_new_tokens=240)
-    waiting = client.submit([[60]], max_new_tokens=3)
-    client.engine.abort(first)
-    client.wait_for(lambda: client.finish_reason(waiting[0]))
-    assert not any(map(client.finish_reason, first))
-    (alone,) = generate(client.model, [[60]], SamplingParams(max_new_tokens=3), client.tokenizer)
-    assert waiting[0].sequence.completion == alone
+def test_an_aborted_request_frees_its_slot_for_the_next(driver):
+    first = driver.add([[50]] * 4, max_new_tokens=240)
+    (waiting,) = driver.add([[60]], max_new_tokens=3)
+    driver.step()
+    abort(first)
+    driver.run()
+    assert not any(map(driver.finish_reason, first))
+    (alone,) = generate(driver.model, [[60]], SamplingParams(max_new_tokens=3), driver.tokenizer)
+    assert waiting.sequence.completion == alone
 
 
-def test_a_request_aborted_in_the_queue_is_never_answered(client):
-    first = client.submit([[50]] * 4, max_new_tokens=200)
-    client.wait_for(lambda: client.events)  # they are running
-    second = client.submit([[60]] * 4, max_new_tokens=200)
-    client.engine.abort(second)
-    assert client.engine.status()["one"]["waiting"] == 0
-    client.wait_for(lambda: all(map(client.finish_reason, first)))
+def test_a_request_aborted_in_the_queue_is_never_answered(driver):
+    first = driver.add([[50]] * 4, max_new_tokens=200)
+    driver.step()
+    second = driver.add([[60]] * 4, max_new_tokens=200)
+    abort(second)
+    assert driver.num_waiting == 0
+    driver.run()
+    assert all(map(driver.finish_reason, first))
     assert all(request.sequence.completion.ids == [] for request in second)
 
 
-def test_a_failing_model_fails_its_requests_and_not_the_engine(client, monkeypatch, capsys):
-    (request,) = client.submit([[50]], max_new_tokens=1)
-    client.wait_for(lambda: client.finish_reason(request))
-    scheduler = client.engine.schedulers["one"]
-    monkeypatch.setattr(scheduler.batch, "prefill", lambda rows: 1 / 0)
-    broken = client.submit([[50], [60]], max_new_tokens=5)
-    client.wait_for(lambda: all(map(client.finish_reason, broken)))
-    assert [client.finish_reason(request) for request in broken] == ["error", "error"]
+def test_a_failing_model_fails_its_running_requests_only(driver, monkeypatch, capsys):
+    monkeypatch.setattr(driver.scheduler.batch, "decode", lambda: 1 / 0)
+    broken, waiting = driver.add([[50]] * 4, max_new_tokens=5), driver.add([[60]], max_new_tokens=5)
+    driver.run()
+    assert [driver.finish_reason(request) for request in broken] == ["error"] * 4
     assert "ZeroDivisionError" in capsys.readouterr().err
-    (after,) = client.submit([[60]], max_new_tokens=5)
-    client.wait_for(lambda: client.finish_reason(after))
-    assert (
-        after.sequence.completion
-        == generate(client.model, [[60]], SamplingParams(max_new_tokens=5), client.tokenizer)[0]
-    )
+    expected = generate(driver.model, [[60]], SamplingParams(max_new_tokens=5), driver.tokenizer)
+    assert [request.sequence.completion for request in waiting] == expected
 
 
-def test_a_beam_search_beside_plain_requests_equals_a_search_alone(client):
+def test_a_beam_search_beside_plain_requests_equals_a_search_alone(driver):
     """It takes 3 of 4 rows; other requests are answered meanwhile, and no text changes."""
     prompts, asked = PROMPTS[:4], []
     for prompt, options in zip(prompts, ({}, {"num_beams": 3}, {}, {"num_beams": 2}), strict=True):
-        asked += client.submit([prompt], max_new_tokens=30, no_repeat_ngram_size=3, **options)
-    client.wait_for(lambda: all(map(client.finish_reason, asked)))
+        asked += driver.add([prompt], max_new_tokens=30, no_repeat_ngram_size=3, **options)
+    driver.run()
     for request in asked:
-        (alone,) = generate(client.model, [request.sequence.prompt], request.sequence.settings, client.tokenizer)
-        assert request.sequence.completion == alone and client.text_of(request) == alone.text
-    assert all(status["running"] == status["waiting"] == 0 for status in client.engine.status().values())
+        (alone,) = generate(driver.model, [request.sequence.prompt], request.sequence.settings, driver.tokenizer)
+        assert request.sequence.completion == alone and driver.text_of(request) == alone.text
+    assert driver.num_running == driver.num_waiting == 0
 
 
-def test_a_beam_search_counts_as_its_beams(model, tokenizer):
-    client = EngineClient(model, tokenizer, max_num_seqs=4, max_queue=4)  # not started: nothing is decoded
+def test_a_beam_search_counts_as_its_beams(driver):
     with pytest.raises(ValueError, match="num_beams 5: this server decodes at most 4 rows at once"):
-        client.submit([[50]], num_beams=5)
-    (search,) = client.submit([[50]], num_beams=4)
-    client.submit([[50], [60]])
-    assert client.engine.status()["one"]["waiting"] == 6
+        driver.add([[50]], num_beams=5)
+    (search,) = driver.add([[50]], num_beams=4)
+    driver.add([[50], [60]])
+    assert driver.num_waiting == 6
     with pytest.raises(QueueFull):
-        client.submit([[50]], num_beams=3)
-    scheduler = client.engine.schedulers["one"]
-    assert client.engine._admit(scheduler) == [search] and client.engine.status()["one"]["running"] == 4
-    assert client.engine._admit(scheduler) == [], "the other two wait"
+        driver.add([[50]], num_beams=3)
+    driver.step()
+    assert list(driver.scheduler.running.values()) == [search]
+    assert (driver.num_running, driver.num_waiting) == (4, 2)
 
 
-def test_plain_requests_get_a_token_for_each_step_of_a_beam_search(client):
+def test_plain_requests_get_a_token_for_each_step_of_a_beam_search(driver):
     """One forward pass serves all rows, so a long search delays no other request."""
-    (search,) = client.submit([[50]], max_new_tokens=200, num_beams=3, stop=("\0",))
-    client.wait_for(lambda: client.events)
-    (plain,) = client.submit([[60]], max_new_tokens=20)
-    client.wait_for(lambda: client.finish_reason(plain))
-    steps = [item.request for item in client.events]
-    between = steps[steps.index(plain) : len(steps) - steps[::-1].index(plain)]
-    assert between.count(search) <= between.count(plain) + 1
+    (search,) = driver.add([[50]], max_new_tokens=200, num_beams=3, stop=("\0",))
+    driver.step()
+    (plain,) = driver.add([[60]], max_new_tokens=20)
+    driver.step(19)  # the first step prefills and decodes
+    assert driver.finish_reason(plain) and not driver.finish_reason(search)
 
 
-def test_an_aborted_beam_search_frees_all_its_slots(client):
-    (search,) = client.submit([[50]], max_new_tokens=240, num_beams=4)
-    client.wait_for(lambda: client.events)
-    client.engine.abort([search])
-    after = client.submit([[60]] * 4, max_new_tokens=3)
-    client.wait_for(lambda: all(map(client.finish_reason, after)))
-    assert not client.finish_reason(search) and search.sequence.completion.ids == []
+def test_an_aborted_beam_search_frees_all_its_slots(driver):
+    (search,) = driver.add([[50]], max_new_tokens=240, num_beams=4)
+    driver.step()
+    abort([search])
+    after = driver.add([[60]] * 4, max_new_tokens=3)
+    driver.run()
+    assert all(map(driver.finish_reason, after))
+    assert not driver.finish_reason(search) and search.sequence.completion.ids == []
 
 
-def test_stopping_the_engine_fails_every_open_request(model, tokenizer):
-    client = EngineClient(model, tokenizer, max_num_seqs=2)
-    client.engine.start()
-    requests = client.submit([[50]] * 5, max_new_tokens=250)
-    time.sleep(0.02)
-    client.engine.stop()
-    assert all(map(client.finish_reason, requests))
-    with pytest.raises(QueueFull):
-        client.submit([[50]])
+def test_fail_ends_every_open_request(driver):
+    requests = driver.add([[50]] * 6, max_new_tokens=250)
+    driver.step()
+    events = driver.scheduler.fail(including_waiting=True)
+    assert [event.request for event in events] == requests and {event.finish_reason for event in events} == {"error"}
+    assert not driver.scheduler.has_work and driver.num_running == driver.num_waiting == 0
 
 
-def test_prefill_is_bounded_by_its_token_budget(client, monkeypatch):
+def test_prefill_is_bounded_by_its_token_budget(driver, monkeypatch):
     monkeypatch.setattr("serving.scheduler.PREFILL_TOKENS", 100)
-    sizes, scheduler = [], client.engine.schedulers["one"]
-    join = scheduler.batch.prefill
-    monkeypatch.setattr(scheduler.batch, "prefill", lambda rows: (sizes.append(len(rows)), join(rows))[1])
-    requests = client.submit([[50] * 60] * 2 + [[50] * 20] * 2, max_new_tokens=60)
-    client.wait_for(lambda: all(map(client.finish_reason, requests)))
+    sizes, prefill = [], driver.scheduler.batch.prefill
+    monkeypatch.setattr(driver.scheduler.batch, "prefill", lambda rows: (sizes.append(len(rows)), prefill(rows))[1])
+    driver.add([[50] * 60] * 2 + [[50] * 20] * 2, max_new_tokens=60)
+    driver.run()
     assert sizes == [1, 1, 2]

@@ -9,14 +9,13 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from serving.limits import ServerLimits
 from tests.serving.server_helpers import run_server, save_random_model
 
 
 @pytest.fixture(scope="module")
 def api(tokenizer, tmp_path_factory):
     path = save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=2048)
-    with run_server([f"m={path}"], ServerLimits(max_queue=1100, max_request_bytes=2**24)) as server:
+    with run_server([f"m={path}"], max_queue=1100, max_request_bytes=2**24) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

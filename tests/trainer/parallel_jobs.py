@@ -10,30 +10,29 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+from common.cli import parse
+from common.device import pick_dtype
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
 from tests.helpers import load_script
+from trainer import loop, metrics
+from trainer.datasets import PackedDataset
+from trainer.distributed import init_distributed
+from trainer.stage import Stage
 
 
 def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
-    import torch
-
-    from common.device import pick_dtype
-    from model.tokenizer import load_tokenizer
-    from model.transformer import Transformer
-    from trainer.datasets import PackedDataset
-    from trainer.legacy_config import add_model_flags, make_model_config, make_training_parser
-    from trainer.loop import train
-    from trainer.stage import Stage
-
-    parser = make_training_parser(None, {"muon": 8e-3, "adamw": 1e-3}, data_path=data_path)
-    add_model_flags(parser)
-    args = parser.parse_args([*job["flags"], "--out_dir", job["out"]])
-    dist.dtype, dist.stop_requested = pick_dtype(args.dtype, dist.device), ""
+    lesson = load_script("1-pretrain.py")
+    config = parse(lesson.PretrainConfig, None, ["--data_path", data_path, *job["flags"], "--out_dir", job["out"]])
+    dist.dtype, dist.stop_requested = pick_dtype(config.dtype, dist.device), ""
     torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(tokenizer_path)
-    model = Transformer(make_model_config(args, tokenizer.vocab_size))
+    model = Transformer(config.model_config(tokenizer.vocab_size))
     splits = {name: PackedDataset(data_path, name, model.config.max_seq_len) for name in ("train", "val_zh", "val_en")}
-    stage = Stage("pretrain", model, tokenizer, load_script("1-pretrain.py").compute_loss, splits.pop("train"), splits)
+    stage = Stage("pretrain", model, tokenizer, lesson.compute_loss, splits.pop("train"), splits)
 
     def stop_after(row):
         if row["step"] == job.get("stop"):
@@ -41,14 +40,11 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
         return ""
 
     stage.early_stop = stop_after
-    train(dist, args, stage)
+    loop.train(config, stage, dist)
     dist.barrier()
 
 
 def main() -> None:
-    from trainer import metrics
-    from trainer.distributed import init_distributed
-
     metrics.draw_curves = lambda *_: None  # plotting takes longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with init_distributed("cpu", "float32") as dist:

@@ -1,6 +1,5 @@
 """Preference losses and metrics equal hand-computed values; losses, margins and gradients equal trl's."""
 
-import argparse
 import math
 
 import numpy as np
@@ -22,9 +21,8 @@ from trainer.loss import IGNORE_INDEX, LOGITS_CHUNK, token_log_probs
 DPO = load_script("5-dpo_train.py")
 
 
-def loss_args(loss="dpo", **changes):
-    numbers = {"loss": loss, "beta": DPO.BETA[loss], "simpo_gamma": 1.0, "sft_weight": 0.0}
-    return argparse.Namespace(**{**numbers, **changes})
+def loss_config(loss="dpo", **changes):
+    return DPO.DPOConfig(loss=loss, **changes)
 
 
 # ---- hand-computed values --------------------------------------------------------------------------------------------
@@ -33,16 +31,16 @@ LENGTHS = torch.tensor([5, 4])
 
 
 @pytest.mark.parametrize(
-    ("args", "loss", "margin"),
+    ("config", "loss", "margin"),
     [
-        (loss_args(beta=0.5), math.log(1 + math.exp(-1.5)), 1.5),  # 0.5 * ((-10 + 12) - (-20 + 19)) = 1.5
-        (loss_args("ipo", beta=0.5), (0.65 - 1) ** 2, 0.65),  # 2/5 + 1/4 against 1 / (2 * 0.5)
-        (loss_args("simpo", beta=2.0, simpo_gamma=1.0), math.log(1 + math.exp(-5)), 6.0),  # 2 * (-2 + 5) - 1 = 5
+        (loss_config(beta=0.5), math.log(1 + math.exp(-1.5)), 1.5),  # 0.5 * ((-10 + 12) - (-20 + 19)) = 1.5
+        (loss_config("ipo", beta=0.5), (0.65 - 1) ** 2, 0.65),  # 2/5 + 1/4 against 1 / (2 * 0.5)
+        (loss_config("simpo", beta=2.0, simpo_gamma=1.0), math.log(1 + math.exp(-5)), 6.0),  # 2 * (-2 + 5) - 1 = 5
     ],
     ids=["dpo", "ipo", "simpo"],
 )
-def test_preference_losses_equal_hand_computed_values(args, loss, margin):
-    ours, their_margin = DPO.preference_loss(POLICY, REFERENCE, LENGTHS, args)
+def test_preference_losses_equal_hand_computed_values(config, loss, margin):
+    ours, their_margin = DPO.preference_loss(POLICY, REFERENCE, LENGTHS, config)
     assert ours.tolist() == pytest.approx([loss], abs=1e-6)
     assert their_margin.tolist() == pytest.approx([margin], abs=1e-6)
 
@@ -151,16 +149,16 @@ def test_loss_of_a_policy_equal_to_its_reference(models_and_pairs):
     _, parent, pairs = models_and_pairs
     batch = pairs.batch(np.arange(6))
     for loss, expected in (("dpo", math.log(2)), ("ipo", 25.0)):
-        total, count, extras = DPO.compute_loss(parent, batch, loss_args(loss))
-        assert count == 6 and total.item() / 6 == pytest.approx(expected, abs=1e-4)
-        assert extras["kl"].item() == pytest.approx(0, abs=1e-5)
+        total, metrics = DPO.compute_loss(parent, batch, loss_config(loss))
+        assert batch["num_targets"] == 6 and total.item() / 6 == pytest.approx(expected, abs=1e-4)
+        assert metrics["kl"].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_sft_term_is_the_chosen_likelihood(models_and_pairs):
     model, _, pairs = models_and_pairs
     batch = pairs.batch(np.arange(6))
-    plain, _, _ = DPO.compute_loss(model, batch, loss_args())
-    more, _, _ = DPO.compute_loss(model, batch, loss_args(sft_weight=0.5))
+    plain, _ = DPO.compute_loss(model, batch, loss_config())
+    more, _ = DPO.compute_loss(model, batch, loss_config(sft_weight=0.5))
     logits, labels = model.logits(batch["input_ids"]), batch["labels"]
     per_answer = [F.cross_entropy(logits[i], labels[i], ignore_index=IGNORE_INDEX).item() for i in range(6)]
     assert (more - plain).item() == pytest.approx(0.5 * sum(per_answer), rel=1e-4)
@@ -171,9 +169,10 @@ def test_empty_batch_gives_zero_loss_and_gradients(models_and_pairs):
 
     model, _, pairs = models_and_pairs
     model.zero_grad()
-    total, count, extras = DPO.compute_loss(model, empty_batch(pairs), loss_args(sft_weight=1.0))
+    batch = empty_batch(pairs)
+    total, metrics = DPO.compute_loss(model, batch, loss_config(sft_weight=1.0))
     total.backward()
-    assert count == 0 and total.item() == 0 and all(value == 0 for value in extras.values())
+    assert batch["num_targets"] == 0 and total.item() == 0 and all(value == 0 for value in metrics.values())
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.parameters())
 
 
@@ -182,10 +181,10 @@ def test_reference_has_no_gradient_and_moe_adds_aux_loss(models_and_pairs):
     torch.manual_seed(0)
     moe = Transformer(ModelConfig(97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, use_moe=True, n_routed_experts=4))
     batch = pairs.batch(np.arange(6))
-    total, count, extras = DPO.compute_loss(moe.train(), batch, loss_args())
+    total, metrics = DPO.compute_loss(moe.train(), batch, loss_config())
     total.backward()
-    assert 0.009 < extras["aux_loss"].item() / count < 0.04 and not batch["reference"].requires_grad
-    assert total.item() == pytest.approx((extras["preference_loss"] + extras["aux_loss"]).item(), rel=1e-5)
+    assert 0.009 < metrics["aux_loss"].item() / 6 < 0.04 and not batch["reference"].requires_grad
+    assert total.item() == pytest.approx((metrics["preference_loss"] + metrics["aux_loss"]).item(), rel=1e-5)
     assert all(p.grad is not None for p in moe.parameters())
 
 
@@ -224,11 +223,11 @@ def test_loss_margins_and_gradients_equal_trl(models_and_pairs, tokenizer_dir, t
 
     model.zero_grad()
     batch = pairs.batch(np.arange(len(pairs)))
-    ours, count, extras = DPO.compute_loss(model, batch, loss_args(loss, beta=0.3))
-    (ours / count).backward()
+    ours, sums = DPO.compute_loss(model, batch, loss_config(loss, beta=0.3))
+    (ours / len(pairs)).backward()
     assert abs(metrics["rewards/margins"]) > 0.05, "policy and reference differ"
-    assert ours.item() / count == pytest.approx(theirs.item(), abs=1e-5)
-    mean = {name: value.item() / count for name, value in extras.items()}
+    assert ours.item() / len(pairs) == pytest.approx(theirs.item(), abs=1e-5)
+    mean = {name: value.item() / len(pairs) for name, value in sums.items()}
     assert mean["chosen_logp"] == pytest.approx(metrics["logps/chosen"], abs=1e-4)
     assert mean["rejected_logp"] == pytest.approx(metrics["logps/rejected"], abs=1e-4)
     assert 0.3 * mean["chosen_logp_delta"] == pytest.approx(metrics["rewards/chosen"], abs=1e-5)

@@ -1,6 +1,5 @@
 """Training loop: dtypes, non-finite losses, learning rates, parameter groups, saves, wandb, compile."""
 
-import argparse
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script, visible_names
+from trainer.config import TrainConfig
 from trainer.optim import lr_multiplier, make_optimizers, set_learning_rate, split_parameters
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
@@ -78,11 +78,11 @@ def make_losses_nan(monkeypatch, steps):
 
     def cross_entropy_with_nan(hidden, weight, labels):
         nonlocal calls
-        value, count = original(hidden, weight, labels)
+        value = original(hidden, weight, labels)
         if torch.is_grad_enabled():
             calls += 1
             value = value * (math.nan if calls in steps else 1.0)
-        return value, count
+        return value
 
     monkeypatch.setattr(loss, "cross_entropy_sum", cross_entropy_with_nan)
 
@@ -130,22 +130,23 @@ def test_no_decay_on_norms_and_embeddings():
      (9, 1.0, "cosine", 0.1), (9, 0.5, "linear", 0.55), (9, 0.25, "linear", 0.775), (9, 2.0, "linear", 0.1)],
 )  # fmt: skip
 def test_lr_multiplier_follows_the_schedule(step, progress, kind, expected):
-    assert lr_multiplier(step, progress, 4, kind, 0.1) == pytest.approx(expected)
+    config = TrainConfig(warmup_iters=4, schedule=kind, min_lr_ratio=0.1)
+    assert lr_multiplier(config, step, progress) == pytest.approx(expected)
 
 
 def test_schedule_sets_every_parameter_group():
     model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
     muon, adamw = make_optimizers(model, "muon", 1.0, 0.1)
-    args = argparse.Namespace(learning_rate=1.0, warmup_iters=0, schedule="linear", final_lr_share=0.0)
+    config = TrainConfig(learning_rate=1.0, warmup_iters=0)
     for step, momentum in ((0, 0.7), (500, 0.825), (1000, 0.95), (9999, 0.95)):
-        assert set_learning_rate(args, [muon, adamw], step, fraction_done=0.5) == 0.5
+        assert set_learning_rate(config, [muon, adamw], step, fraction_done=0.5) == 0.5
         assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
         assert [group["lr"] for group in muon.param_groups] == [0.5]
         # Embeddings train with 4 x the learning rate.
         rates = {model.model.embed_tokens.weight: 2.0, model.model.norm.weight: 0.5}
         assert all(group["lr"] == rates.get(group["params"][0], 0.5) for group in adamw.param_groups)
     (plain,) = make_optimizers(model, "adamw", 1.0, 0.1)
-    set_learning_rate(args, [plain], 0, fraction_done=0.5)
+    set_learning_rate(config, [plain], 0, fraction_done=0.5)
     assert {group["lr"] for group in plain.param_groups} == {0.5}
 
 

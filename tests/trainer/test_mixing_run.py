@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from common.errors import UserError
+from corpus.mixing import parse_mix
 from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script
 from tests.trainer.test_resume import stop_after
+from trainer.config import MixFlags
+from trainer.datasets import MicroBatches
+from trainer.mixing import MixedDataset, read_mix_schedule
 
 STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_at", "0.6"]
 
@@ -72,14 +76,9 @@ def test_run_does_not_resume_with_another_mix(monkeypatch, pretrain):
 
 
 def test_two_processes_train_the_rows_of_one(pretrain, mixed_dir):
-    from corpus.dataset_meta import read_meta
-    from corpus.mixing import mix_components, parse_mix
-    from trainer.mixing import MixedDataset, MixSampler, MixSchedule
-    from trainer.sampler import MicroBatches
-
-    shards = read_meta(mixed_dir)["splits"]["train"]["shards"]
-    data = MixedDataset(str(mixed_dir), MixSchedule([mix_components(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
-    sampler = MixSampler(data, 8, 42, 30, 1)
+    schedule = read_mix_schedule(str(mixed_dir), MixFlags(parse_mix("zh=0.25,en=0.75")), max_steps=30)
+    data = MixedDataset(str(mixed_dir), schedule, 32)
+    sampler = data.batch_sampler(8, seed=42)
     for step in (0, 7, 29):
         one = [row for batch in MicroBatches(data, sampler, 8, 0, 1)[step] for row in batch["row_ids"].tolist()]
         both = [

@@ -123,9 +123,9 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns != first, "other settings: trained anew"
     train = data_scaling.train
 
-    def train_and_stop(dist, args, stage):
+    def train_and_stop(config, stage, dist):
         dist.stop_requested = "SIGINT"
-        return train(dist, args, stage)
+        return train(config, stage, dist)
 
     monkeypatch.setattr(data_scaling, "train", train_and_stop)
     (folder / "share_0.5" / "study.json").unlink()
@@ -142,6 +142,8 @@ def test_data_subsets_are_nested():
     from evaluation.data_scaling import DataSubset
 
     class NumberedRows:
+        folder = None
+
         def __len__(self):
             return 100
 
@@ -171,5 +173,5 @@ def test_data_scaling_rejects_max_minutes(run_scaling):
 
 
 def test_questions_require_data_share(monkeypatch, tiny_parent, sft_dir, tmp_path):
-    with pytest.raises(UserError, match="--data_share"):
+    with pytest.raises(UserError, match="--data_fractions"):
         run_script(monkeypatch, "3-full_sft.py", "--questions", tmp_path / "q.jsonl", "--init_from", tiny_parent)

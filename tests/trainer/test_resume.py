@@ -1,6 +1,5 @@
 """A killed and resumed run ends with exactly the weights of an uninterrupted one; invalid resume folders."""
 
-import argparse
 import json
 import os
 import pickle
@@ -31,6 +30,7 @@ from tests.helpers import (
     write_shards,
 )
 from trainer.checkpoint_writer import shared_errors
+from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.state_files import read_checked_json
 from trainer.train_state import changed_settings, complete_steps, read_train_state
@@ -108,9 +108,9 @@ def test_run_killed_in_the_final_cleanup_ends_with_equal_outputs(monkeypatch, en
     if ended_by == "early stop":
         real = loop.train
 
-        def train_with_early_stop(dist, args, stage):
+        def train_with_early_stop(config, stage, dist):
             stage.early_stop = lambda row: "enough" if row["step"] >= 5 else ""
-            return real(dist, args, stage)
+            return real(config, stage, dist)
 
         monkeypatch.setattr(loop, "train", train_with_early_stop)
 
@@ -171,9 +171,6 @@ def test_signal_saves_before_exit(monkeypatch, number, uninterrupted, arguments,
 
 def test_run_resumes_with_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_path):
     """One process with 4 x 2 rows per step, resumed by two with 4 rows each: no row is lost or repeated."""
-    from trainer import loop
-
-    monkeypatch.setattr(loop, "interruption", lambda result, clock: "a test" if result["stop"] else "")
     stop_after(monkeypatch, 5)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "parts")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -181,7 +178,7 @@ def test_run_resumes_with_another_number_of_processes(uninterrupted, arguments, 
         *torchrun, ROOT / "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "parts"
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "--accumulation_steps is now 1" in result.stdout
+    assert "an interrupted run, 8 rows per step" in result.stdout
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
         run_script(patch, "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "whole")
@@ -206,7 +203,7 @@ def stop_after(monkeypatch, steps):
         nonlocal done
         done += 1
         result = real_step(*positional)
-        return {**result, "stop": float(done == steps)}
+        return {**result, "stop_requests": float(done == steps)}
 
     monkeypatch.setattr(loop, "train_step", counting_step)
 
@@ -371,9 +368,9 @@ def test_invalid_progress_file_is_one_line(monkeypatch, arguments, tmp_path):
         for value in values:
             (folder / "progress.json").write_text(json.dumps(with_checksum({**content, name: value})))
             with pytest.raises(UserError, match=r"progress\.json .*: start anew with --resume never$"):
-                read_train_state(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
+                read_train_state(TrainConfig(), tmp_path / "pretrain_32.pth")
     (folder / "progress.json").write_text(json.dumps(with_checksum(content)))
-    assert read_train_state(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
+    assert read_train_state(TrainConfig(), tmp_path / "pretrain_32.pth")
 
 
 def test_damaged_resume_file_is_one_line(monkeypatch, arguments, tmp_path):

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.datasets import WIDTH_MULTIPLE
+from trainer.datasets import WIDTH_MULTIPLE, MicroBatches, TokenDataset, validation_batches
 from trainer.loss import IGNORE_INDEX
-from trainer.sampler import BatchSampler, MicroBatches, validation_batches
+from trainer.sampler import BatchSampler
 
 
-class RowIdDataset:
+class RowIdDataset(TokenDataset):
     """Dataset whose rows are their row ids."""
 
     def __init__(self, n, lengths=None):

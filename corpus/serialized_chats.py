@@ -1,21 +1,29 @@
-"""Parses chats that are written into one text with role markers.
+"""Parses chats that are stored in one text: with role markers, as JSON, as a Python literal or as numpy prints lists.
 
     Human: … Assistant: …, 用户：… 助手：…, ### Human: … ### Assistant: …     BELLE, HH-RLHF, Guanaco
     ### Instruction: … ### Input: … ### Response: …                           Alpaca's template
     <|im_start|>user … <|im_end|>, <|user|> …, <start_of_turn>user …          ChatML, Zephyr, Gemma
     <|start_header_id|>user<|end_header_id|> …, [INST] … [/INST] …            Llama 3, Llama 2
+    [{"role": "user", …}, …], [{'role': 'user', …}, …]                        cells of csv and parquet files
 
-    parse_marked_text(text)         the messages; [] if the text does not begin with such a marker
-    edit_marked_text(text, edit)    the text with the content of every turn replaced by edit(content)
+    parse_marked_text(text)           the messages; [] if the text does not begin with a role marker
+    edit_marked_text(text, edit)      the text with the content of every turn replaced by edit(content)
+    parse_literal(text)               the value of JSON or Python text; None for other text
+
+Text is parsed and never evaluated, so a data file cannot run code.
 
 Read next: chats.py (turns -> messages).
 """
 
+import ast
+import json
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from corpus.layouts import ROLE_NAMES
+from corpus.layouts import CONTENT_KEYS, ROLE_KEYS, ROLE_NAMES, TOOL_KEYS
+from corpus.stats import BadRow
 from model.chat_template import Message
 
 _SPEAKERS = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
@@ -101,3 +109,51 @@ def _turn_text(piece: str) -> str:
 def _edit_turn_text(piece: str, edit: Callable[[str], str]) -> str:
     words = _turn_text(piece)
     return piece.replace(words, edit(words), 1) if words else piece
+
+
+# ---- JSON and Python literals ----------------------------------------------------------------------------------------
+def is_serialized_messages(value: Any) -> bool:
+    """True for text that is a list of messages with roles, written as JSON or as a Python literal."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return False
+    turns = parse_literal(value)
+    return isinstance(turns, list) and all(isinstance(turn, dict) and is_message(turn) for turn in turns)
+
+
+def is_message(turn: dict[str, Any]) -> bool:
+    """True for an object with a known role and with a key for text or for tool calls."""
+    has_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLE_NAMES for key in ROLE_KEYS)
+    return has_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
+
+
+def is_tool_call(value: Any) -> bool:
+    """True for text that is a list of function calls, [{"name": ..., "arguments": ...}]."""
+    calls = parse_literal(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
+    return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
+
+
+def parse_serialized_list(text: str, field: str) -> Any:
+    """Parses `text` as JSON or as a Python literal. Raises BadRow if it is neither."""
+    value = parse_literal(text)
+    if value is None:
+        raise BadRow(f"{field} is neither JSON nor a Python list")
+    return value
+
+
+def parse_literal(text: str) -> Any:
+    """Parses `text` as JSON, as a Python literal or as numpy output; returns None if all fail."""
+    for parse in (json.loads, ast.literal_eval, _parse_numpy_list):
+        try:
+            with warnings.catch_warnings():  # data with invalid escapes such as '\d' would print a SyntaxWarning
+                warnings.simplefilter("ignore")
+                return parse(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def _parse_numpy_list(text: str) -> Any:
+    """Parses numpy's text for an array of objects, which has no commas; pandas writes lists to csv like this."""
+    if "}\n {" not in text:
+        raise ValueError
+    return ast.literal_eval(text.replace("}\n {", "}, {"))
