@@ -13,17 +13,10 @@ from pathlib import Path
 from common.cli import Config, NameList, flag
 from common.errors import UserError
 from common.flag_groups import DeviceFlags
-from common.flag_types import (
-    DTYPE_NAMES,
-    int_at_least,
-    int_between,
-    non_empty_text,
-    non_negative_int,
-    path_string,
-    positive_int,
-)
-from model.chat_template import CHAT_FORMATS
+from common.flag_types import DTYPE_NAMES, int_at_least, int_between, non_empty_text, non_negative_int, path_string
+from common.flag_types import positive_int
 from model.rope_flags import RopeFlags
+from model.chat_template import CHAT_FORMATS
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the Host header
 
