@@ -45,14 +45,19 @@ class FilteredSftConfig(SftDataConfig, PerplexityFlags):
     """chats -> jsonl and token shards for 3-full_sft.py"""
 
 
-COMMANDS = {"pretrain": PretrainDataConfig, "sft": FilteredSftConfig, "dpo": DpoDataConfig, **commands.COMMANDS}
+COMMANDS = {
+    "pretrain": PretrainDataConfig,
+    "sft": FilteredSftConfig,
+    "dpo": DpoDataConfig,
+    **commands.CURATION_COMMANDS,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     exits = {"--list_layouts": ("list the supported row layouts and exit", print_layouts)}
     command, config = cli.parse_command(COMMANDS, __doc__, arguments, exits)
-    if command in commands.COMMANDS:
-        return commands.run_command(command, config)
+    if command in commands.CURATION_COMMANDS:
+        return commands.run_curation_command(command, config)
     config = replace(config, files=tuple(expand_inputs(config.files)))
     tokenizer = config.load_tokenizer()
     chat_filter = make_filter(config) if command == "sft" and config.scorer else None

@@ -41,7 +41,7 @@ from curation.transform import (
 NEXT_COMMAND = {"clean": "dedup", "dedup": "decontaminate", "decontaminate": "pretrain"}
 
 
-COMMANDS: dict[str, type[Config]] = {
+CURATION_COMMANDS: dict[str, type[Config]] = {
     "clean": CleanConfig,
     "dedup": DedupConfig,
     "decontaminate": DecontaminateConfig,
@@ -49,8 +49,8 @@ COMMANDS: dict[str, type[Config]] = {
 }
 
 
-def run_command(name: str, config: Any) -> None:
-    """Run a command of COMMANDS. Raises UserError for wrong flags or unusable files."""
+def run_curation_command(name: str, config: Any) -> None:
+    """Run a command of CURATION_COMMANDS. Raises UserError for wrong flags or unusable files."""
     if name == "download":
         return download_dataset(config) if config.name else print_catalogue()
     config = replace(config, files=tuple(expand_inputs(config.files)))

@@ -41,16 +41,8 @@ from curation.rule_stats import Decision, RuleStats
 TRANSFORM_BATCH_ROWS, TRANSFORM_BATCH_CHARACTERS = 500, 500_000
 OUTPUT_FILE_BYTES = 512 << 20
 TRANSFORM_FILES = (
-    "text_*.jsonl",
-    "dropped.tsv",
-    "report.json",
-    "report.md",
-    PROGRESS_FILE,
-    "*.keys",
-    "*.json.tmp",  # left by a killed run of an earlier version
-    ".*.tmp",
-    ".*.gone",
-    "cluster",
+    *("text_*.jsonl", "dropped.tsv", "report.json", "report.md", PROGRESS_FILE, "*.keys", "cluster"),
+    *(".*.tmp", ".*.gone", "*.json.tmp"),  # left by killed runs, the last one by an earlier version
 )
 
 

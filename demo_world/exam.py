@@ -46,21 +46,21 @@ COUNTS = {"dev": 5, "val": 25, "test": 10}  # maximal number of questions per su
 
 
 @dataclass(frozen=True)
-class ExamConfig(Config):
+class DemoExamConfig(Config):
     """The demo world that the exam asks about."""
 
     out_dir: str = flag("out/demo/exam", "folder to write", type=path_string)
     seed: int = flag(0, "seed of the demo world", type=seed)
 
 
-Row = tuple[str, ...]  # question, four options, letter of the correct option
+QuestionRow = tuple[str, ...]  # question, four options, letter of the correct option
 
 
-def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
+def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[QuestionRow]]:
     """{split: questions} of one subject; each fact occurs in at most one split."""
     facts = [fact for fact in world.facts if fact.relation in relations and world.templates[fact.relation].heldout]
     rng.shuffle(facts)
-    rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
+    rows: dict[str, list[QuestionRow]] = {split: [] for split in COUNTS}
     for fact in facts:
         split = next((split for split, count in COUNTS.items() if len(rows[split]) < count), "")
         if not split:
@@ -71,7 +71,7 @@ def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> 
     return rows
 
 
-def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
+def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> QuestionRow | None:
     """None if there are fewer than three distractors, the question contains a key, or a dev fact is unasked."""
     templates, wrong = world.templates[fact.relation], _wrong_objects(world, fact)
     question = fill(rng.choice(templates.ask if is_example else templates.heldout), fact)
@@ -96,7 +96,7 @@ def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
     return sorted({other.slots["o"] for other in others} - true)
 
 
-def build_exam(config: ExamConfig) -> dict[str, int]:
+def build_exam(config: DemoExamConfig) -> dict[str, int]:
     """Write the exam into --out_dir; returns the number of questions per split."""
     folder, seed = Path(config.out_dir), config.seed
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
@@ -113,7 +113,7 @@ def build_exam(config: ExamConfig) -> dict[str, int]:
     return counts
 
 
-def _csv(rows: list[Row], with_answers: bool) -> str:
+def _csv(rows: list[QuestionRow], with_answers: bool) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "question", *CEVAL_LETTERS, *(["answer"] if with_answers else [])])
@@ -122,7 +122,7 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
 
 
 def main() -> None:
-    config = parse(ExamConfig, __doc__)
+    config = parse(DemoExamConfig, __doc__)
     with lock_output(config.out_dir):
         counts = build_exam(config)
     print(f"{config.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
