@@ -120,7 +120,7 @@ def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 def test_bad_input_is_a_one_line_error_and_nothing_is_written(tmp_path, process, tokenizer_dir):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
