@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from common.cli import parse
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from export.parents import open_parent
+from export.hf_import import open_model
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from model.transformer import Transformer
 from trainer.config import MixFlags, PlanConfig
@@ -68,7 +68,7 @@ def make_model(config: PretrainConfig, tokenizer: ChatTokenizer) -> tuple[Transf
         return Transformer(model_config), []
     if config.preset or config.model:
         raise UserError("--init_from brings its own config: leave out --preset and the model flags")
-    model, saved_tokenizer, parent = open_parent(config.init_from)
+    model, saved_tokenizer, parent = open_model(config.init_from)
     if saved_tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{config.init_from} has tokenizer {saved_tokenizer.fingerprint}, "

@@ -26,7 +26,7 @@ from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from common.flag_types import parse_fractions, path_string
 from evaluation.data_scaling import run_data_scaling
-from export.parents import open_parent
+from export.hf_import import open_model
 from model.chat_template import CHAT_FORMATS
 from model.checkpoint import find_parent
 from trainer.chat_data import open_chat_data
@@ -81,7 +81,7 @@ def compute_loss(model, batch):
 def main() -> None:
     config = parse(SFTConfig, __doc__, flag_files={"--recipe": {"belle": str(RECIPES / "belle-sft.args")}})
     check_writable(config.out_dir)
-    model, tokenizer, parent = open_parent(config.init_from or find_parent(config.out_dir, "full_sft"))
+    model, tokenizer, parent = open_model(config.init_from or find_parent(config.out_dir, "full_sft"))
     tokenizer = tokenizer.with_chat_format(config.chat_format)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:

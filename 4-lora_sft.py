@@ -25,7 +25,7 @@ from common.cli import NameList, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from common.flag_types import NumberType, fraction_below_one, int_between, path_string
-from export.parents import open_parent, open_parent_folder
+from export.hf_import import open_folder, open_model
 from export.peft_adapter import peft_settings, read_peft, write_peft
 from model.checkpoint import find_parent, record_parent
 from model.lora import LoRAConfig, adapter_summary, attach
@@ -97,7 +97,7 @@ def main() -> None:
     for folder in filter(None, (config.out_dir, config.peft_dir)):
         check_writable(folder)
     source = config.init_from or find_parent(config.out_dir, "lora_sft")
-    model, tokenizer, parent = open_parent(source)
+    model, tokenizer, parent = open_model(source)
     if config.init_adapter:
         read_peft(config.init_adapter, model)
     else:
@@ -108,7 +108,7 @@ def main() -> None:
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         data, validation = open_chat_data(config.data_path, max_seq_len, tokenizer, dist)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
-        record_parent(model, source, stage.checkpoint_path(config.out_dir), open_parent_folder)
+        record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
         dist.print0(adapter_summary(model))
         path = train(config, stage, dist)
         dist.print0(

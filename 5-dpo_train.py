@@ -31,7 +31,7 @@ from common.errors import fail_in_one_line
 from common.files import check_writable
 from common.flag_types import non_negative_float, positive_float
 from corpus.examples import PairExample
-from export.parents import open_parent
+from export.hf_import import open_model
 from model.checkpoint import find_parent
 from trainer import dpo
 from trainer.chat_data import tokenized_folder
@@ -119,7 +119,7 @@ def compute_loss(model, batch, config):
 def main() -> None:
     config = parse(DPOConfig, __doc__)
     check_writable(config.out_dir)
-    model, tokenizer, parent = open_parent(config.init_from or find_parent(config.out_dir, "dpo"))
+    model, tokenizer, parent = open_model(config.init_from or find_parent(config.out_dir, "dpo"))
     model = dpo.without_dropout(model)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:

@@ -22,13 +22,13 @@ import contextlib
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 
 from common import cli
-from common.cli import MISSING, Config, flag
+from common.cli import Config, flag
 from common.errors import UserError, fail_in_one_line
 from common.files import write_text
 from common.flag_types import NumberType, non_empty_text, pathlib_path

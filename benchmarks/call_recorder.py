@@ -1,6 +1,6 @@
 """Run a Python script and record which functions of the project it calls. journeys.py starts it in a child process.
 
-    python benchmarks/call_recorder.py ROOT RESULT.json START END script.py [flags of the script]
+    python benchmarks/call_recorder.py ROOT RESULT.json START END SCRIPT [flags of the script]
 
     START   open:PATTERN     a file whose path matches is opened for the first time; its callers count as called
             parsed           the command line is parsed

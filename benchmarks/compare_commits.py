@@ -25,16 +25,16 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from common import cli
-from common.cli import MISSING, Config, flag
+from common.cli import Config, flag
 from common.errors import UserError, fail_in_one_line
 from common.flag_types import positive_int
 
 ROOT = Path(__file__).resolve().parent.parent
-WORLD = "-m demo_world.generator --seed 1 --statement_rounds 20 --chat_rounds 2 --questions 2 --out_dir {out}/world"
+WORLD = "-m demo_world.generator --seed 1 --statement_rounds 60 --chat_rounds 8 --questions 2 --out_dir {out}/world"
 TOKENIZER = "train_tokenizer.py {out}/world/words.jsonl --vocab_size 2048 --out_dir {out}/tokenizer"
 DATA = "data_process.py {kind} {out}/world/{file}.jsonl --tokenizer {out}/tokenizer --out_dir {out}/{kind}"
 TRAIN = (

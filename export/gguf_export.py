@@ -27,7 +27,6 @@ Read next: gguf_tokenizer.py, verify_gguf.py (verification), hf_export.py.
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from export.gguf_tokenizer import pre_tokenizer_name, write_tokenizer
-from export.granite_moe import to_granite
+from export.granite_moe import expert_matrices
 from export.hf_export import hf_architecture
 from export.model_facts import Facts
 from model.chat_template import ChatTemplate
@@ -56,26 +55,6 @@ GGUF_ARCHITECTURES = {
     "granitemoeshared": "granitemoe",
 }
 INTERLEAVED_ARCHITECTURES = ("llama", "granitemoe")
-GGUF_TENSOR_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
 
 
 def import_gguf() -> Any:
@@ -86,11 +65,12 @@ def import_gguf() -> Any:
     return gguf
 
 
-def check_supported(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
-    """Raises UserError if `write_gguf` would reject the model or the tokenizer. Loads no weights."""
+def check_supported(config: ModelConfig, tokenizer: ChatTokenizer) -> str:
+    """Return llama.cpp's name of the pre-tokenizer. Raises UserError if it does not support the model or tokenizer."""
     import_gguf()
-    pre_tokenizer_name(tokenizer)
+    pre = pre_tokenizer_name(tokenizer)
     check_rope_supported(config, gguf_architecture(config))
+    return pre
 
 
 def gguf_architecture(config: ModelConfig) -> str:
@@ -102,16 +82,15 @@ def gguf_architecture(config: ModelConfig) -> str:
 
 def check_rope_supported(config: ModelConfig, architecture: str) -> None:
     """Raises UserError if llama.cpp does not compute the RoPE scaling of `config` in this architecture."""
-    kind, scaling = config.rope_scaling.get("rope_type"), config.rope_scaling
-    ramp = (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True))
-    for problem, wrong in {
-        "dynamic RoPE scaling": kind == "dynamic",
-        "YaRN with beta_fast, beta_slow and truncate other than 32, 1 and true": ramp != (32, 1, True),
-        f"llama3 RoPE scaling in the architecture {architecture}": kind == "llama3"
-        and architecture not in ("llama", "granitemoe"),
-    }.items():
-        if wrong:
-            raise UserError(f"--gguf: llama.cpp does not compute {problem}: leave out --gguf")
+    kind, scaling, problem = config.rope_scaling.get("rope_type"), config.rope_scaling, ""
+    if kind == "dynamic":
+        problem = "dynamic RoPE scaling"
+    elif (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True)) != (32, 1, True):
+        problem = "YaRN with beta_fast, beta_slow and truncate other than 32, 1 and true"
+    elif kind == "llama3" and architecture not in INTERLEAVED_ARCHITECTURES:
+        problem = f"llama3 RoPE scaling in the architecture {architecture}"
+    if problem:
+        raise UserError(f"--gguf: llama.cpp does not compute {problem}: leave out --gguf")
 
 
 def write_rope_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
@@ -142,63 +121,50 @@ def interleave(matrix: Tensor, heads: int) -> Tensor:
 
 
 def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Stack the experts of each layer into one tensor (experts, out, in) per projection."""
-    stacked = {name: tensor for name, tensor in state.items() if ".mlp.experts." not in name}
+    """Stack the routed experts of each layer into one tensor (experts, out, in) per projection.
+
+    Shared experts become one feed-forward, as wide as all of them together (granite_moe.py).
+    """
+    stacked = {name: tensor for name, tensor in state.items() if "experts." not in name}
     for layer in range(config.n_layers):
-        prefix = f"model.layers.{layer}.mlp.experts."
-        for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
-            matrices = [state[f"{prefix}{i}.{part}"] for i in range(config.n_routed_experts)]
-            stacked[prefix + part] = torch.stack(matrices)
+        prefix = f"model.layers.{layer}.mlp"
+        if not config.qk_norm:  # granitemoe: the router stands behind all other tensors
+            stacked[f"{prefix}.gate.weight"] = stacked.pop(f"{prefix}.gate.weight")
+        matrices = {"experts": expert_matrices(state, f"{prefix}.experts", config.n_routed_experts)}
+        if config.n_shared_experts:
+            gate, up, down = expert_matrices(state, f"{prefix}.shared_experts", config.n_shared_experts)
+            matrices["shared_expert"] = [gate.flatten(0, 1), up.flatten(0, 1), torch.cat([*down], dim=1)]
+        for kind, projections in matrices.items():
+            for part, matrix in zip(("gate", "up", "down"), projections, strict=True):
+                stacked[f"{prefix}.{kind}.{part}_proj.weight"] = matrix
     return stacked
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Yield (GGUF name, fp32 tensor) for every tensor of the model."""
-    config, state, target_architecture = model.config, model_state_dict(model), gguf_architecture(model.config)
-    translate = {"granitemoe": to_granite, "qwen3moe": stack_experts}
-    state = translate[target_architecture](state, config) if target_architecture in translate else state
+    gguf, config, state = import_gguf(), model.config, model_state_dict(model)
+    architecture = gguf_architecture(config)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], config.n_layers)
     if config.rope_scaling.get("rope_type") == "llama3":
         yield "rope_freqs.weight", llama3_rope_factors(config)
-    for full_name, tensor in state.items():
-        name, _, kind = full_name.rpartition(".")  # weight or bias
-        tensor = tensor.float()
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-        if not match:
-            yield f"{GGUF_TENSOR_NAMES[name]}.{kind}", tensor
-            continue
-        layer, part = match.groups()
-        if part in ("self_attn.q_proj", "self_attn.k_proj") and target_architecture in INTERLEAVED_ARCHITECTURES:
-            tensor = interleave(tensor, config.n_heads if part == "self_attn.q_proj" else config.n_kv_heads)
-        for target, matrix in (
-            [(GGUF_TENSOR_NAMES[part], tensor)] if part in GGUF_TENSOR_NAMES else split_granite_experts(part, tensor)
-        ):
-            yield f"blk.{layer}.{target}.{kind}", matrix.contiguous()
-
-
-def split_granite_experts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Split Granite's stacked tensors into those of llama.cpp, which keeps gate and up separate."""
-    if part == "block_sparse_moe.router.layer":
-        return [("ffn_gate_inp", tensor)]
-    if part == "block_sparse_moe.output_linear":
-        return [("ffn_down_exps", tensor)]
-    if part == "shared_mlp.output_linear":
-        return [("ffn_down_shexp", tensor)]
-    kind = "exps" if part == "block_sparse_moe.input_linear" else "shexp"
-    gate, up = tensor.chunk(2, dim=-2)
-    return [(f"ffn_gate_{kind}", gate), (f"ffn_up_{kind}", up)]
+    for name, tensor in (stack_experts(state, config) if config.use_moe else state).items():
+        if architecture in INTERLEAVED_ARCHITECTURES and "q_proj" in name:
+            tensor = interleave(tensor, config.n_heads)
+        elif architecture in INTERLEAVED_ARCHITECTURES and "k_proj" in name:
+            tensor = interleave(tensor, config.n_kv_heads)
+        yield names.get_name(name, (".weight", ".bias")), tensor.float().contiguous()
 
 
 def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str, facts: Facts) -> None:
     """Write the GGUF file. Raises UserError if llama.cpp cannot represent the model or the tokenizer."""
     gguf = import_gguf()
-    config, pre = model.config, pre_tokenizer_name(tokenizer)
-    check_rope_supported(config, gguf_architecture(config))
+    config, pre = model.config, check_supported(model.config, tokenizer)
     writer = gguf.GGUFWriter(path, gguf_architecture(config))
     try:
         writer.add_name(f"{facts['stage']}_{facts['size']}")
-        writer.add_file_type(
-            gguf.LlamaFileType[f"MOSTLY_{quantization.upper()}" if quantization != "f32" else "ALL_F32"]
-        )
+        file_type = "ALL_F32" if quantization == "f32" else f"MOSTLY_{quantization.upper()}"
+        writer.add_file_type(gguf.LlamaFileType[file_type])
         write_hyperparameters(writer, config)
         write_rope_scaling(gguf, writer, config)
         write_tokenizer(gguf, writer, tokenizer, config, pre)

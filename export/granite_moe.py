@@ -11,7 +11,7 @@ The sum of S shared feed-forwards equals one feed-forward S times as wide, so th
 over the top k logits equals softmax over all logits divided by the sum of its top k: the weights of ../model/moe.py.
 Granite's four multipliers are set to values that have no effect.
 Source: transformers, models/granitemoeshared and conversion_mapping.py.
-Read next: ../model/moe.py, hf_import.py (reads such a folder), hf_export.py (writes one).
+Read next: ../model/moe.py, hf_folder.py (reads such a folder), hf_export.py (writes one).
 """
 
 from typing import Any
@@ -53,25 +53,25 @@ def granite_multipliers(head_dim: int) -> dict[str, float]:
     }
 
 
+def expert_matrices(state: _StateDict, prefix: str, number: int) -> list[Tensor]:
+    """The gate, up (number, ff, dim) and down (number, dim, ff) matrices of the experts `prefix`.0, 1, ..."""
+    names = [[f"{prefix}.{i}.{part}_proj.weight" for i in range(number)] for part in ("gate", "up", "down")]
+    return [torch.stack([state[name] for name in part]) for part in names]
+
+
 def to_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
     """Convert a state dict to Granite's names and shapes. Attention, norms and embeddings have equal names."""
     theirs = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
     for layer in range(config.n_layers):
         prefix = f"model.layers.{layer}."
-
-        def matrices(kind: str, number: int, matrix: str, prefix: str = prefix) -> list[Tensor]:
-            return [state[f"{prefix}mlp.{kind}.{i}.{matrix}_proj.weight"] for i in range(number)]
-
-        routed = [matrices("experts", config.n_routed_experts, name) for name in ("gate", "up", "down")]
         theirs[prefix + _ROUTER] = state[prefix + "mlp.gate.weight"]
-        theirs[prefix + _IN] = torch.stack([torch.cat(pair) for pair in zip(routed[0], routed[1], strict=True)])
-        theirs[prefix + _OUT] = torch.stack(routed[2])
+        gate, up, down = expert_matrices(state, f"{prefix}mlp.experts", config.n_routed_experts)
+        theirs[prefix + _IN] = torch.cat([gate, up], dim=1)
+        theirs[prefix + _OUT] = down
         if config.n_shared_experts:
-            gates, ups, downs = (
-                matrices("shared_experts", config.n_shared_experts, name) for name in ("gate", "up", "down")
-            )
-            theirs[prefix + _SHARED_IN] = torch.cat([*gates, *ups])
-            theirs[prefix + _SHARED_OUT] = torch.cat(downs, dim=1)
+            gate, up, down = expert_matrices(state, f"{prefix}mlp.shared_experts", config.n_shared_experts)
+            theirs[prefix + _SHARED_IN] = torch.cat([*gate, *up])
+            theirs[prefix + _SHARED_OUT] = torch.cat([*down], dim=1)
     return theirs
 
 
@@ -92,30 +92,22 @@ def from_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
             tensor = ours.get(prefix + name)
             if tensor is not None and tuple(tensor.shape) == shape:
                 del ours[prefix + name]
-                ours |= {
-                    f"{prefix}mlp.{part}": matrix.contiguous()
-                    for part, matrix in _split_granite_tensor(name, tensor, config)
-                }
+                for part, matrix in _split_granite_tensor(name, tensor, shared).items():
+                    ours[f"{prefix}mlp.{part}.weight"] = matrix.contiguous()
     return ours
 
 
-def _split_granite_tensor(name: str, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """Split one of Granite's tensors into (our name inside .mlp., matrix) pairs."""
-    routed, shared = config.n_routed_experts, config.n_shared_experts
+def _split_granite_tensor(name: str, tensor: Tensor, shared: int) -> _StateDict:
+    """Split one of Granite's tensors into {our name inside .mlp.: matrix}."""
     if name == _ROUTER:
-        return [("gate.weight", tensor)]
-    if name == _OUT:
-        return [(f"experts.{i}.down_proj.weight", tensor[i]) for i in range(routed)]
+        return {"gate": tensor}
     if name == _IN:
-        pairs = [tensor[i].chunk(2) for i in range(routed)]
-        named = [(f"experts.{i}", pair) for i, pair in enumerate(pairs)]
-    elif name == _SHARED_OUT:
-        return [(f"shared_experts.{i}.down_proj.weight", m) for i, m in enumerate(tensor.chunk(shared, dim=1))]
+        gate, up = tensor.chunk(2, dim=1)
+        parts = {"gate": [*gate], "up": [*up]}
+    elif name == _SHARED_IN:
+        matrices = tensor.chunk(2 * shared)
+        parts = {"gate": [*matrices[:shared]], "up": [*matrices[shared:]]}
     else:
-        both = tensor.chunk(2 * shared)
-        named = [(f"shared_experts.{i}", (both[i], both[shared + i])) for i in range(shared)]
-    return [
-        (f"{expert}.{m}_proj.weight", half)
-        for expert, pair in named
-        for m, half in zip(("gate", "up"), pair, strict=True)
-    ]
+        parts = {"down": [*tensor] if name == _OUT else [*tensor.chunk(shared, dim=1)]}
+    kind = "experts" if name in (_IN, _OUT) else "shared_experts"
+    return {f"{kind}.{i}.{part}_proj": matrix for part, found in parts.items() for i, matrix in enumerate(found)}

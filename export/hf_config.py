@@ -13,7 +13,6 @@ Read next: ../model/rope.py, hf_folder.py (the tensors), hf_export.py (the expor
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ MODEL_TYPES: dict[str, dict[str, bool]] = {  # model_type -> ModelConfig fields 
 MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # defaults of transformers for keys that config.json lacks
 
 Settings = dict[str, Any]
-NumberReader = Callable[..., Any]
 
 
 def read_hf_json(folder: Path, name: str) -> Settings:
@@ -56,48 +54,47 @@ def convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConf
     settings: the content of config.json. tied: whether the output layer shares the embedding's weights.
     """
     try:
-        return _convert_hf_config(folder, settings, tied)
+        for name, is_present in unsupported_features(settings).items():
+            if is_present:
+                known = f"of type {', '.join(MODEL_TYPES)}" if name.startswith("model_type") else "without it"
+                raise ValueError(f"not supported: {name}; choose a model {known}")
+        return ModelConfig(tie_embeddings=tied, **model_fields(settings))
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: {(str(error).splitlines() or ['?'])[0][:300]}") from None
 
 
-def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
-    kind = settings.get("model_type")
-    for name, is_present in unsupported_features(settings).items():
-        if is_present:
-            alternative = (
-                f"a model of type {', '.join(MODEL_TYPES)}" if name.startswith("model_type") else "a model without it"
-            )
-            raise UserError(f"{folder}/config.json: not supported: {name}; choose {alternative}")
+def model_fields(settings: Settings) -> dict[str, Any]:
+    """Return the fields of ModelConfig. Raises ValueError for an invalid setting."""
+    kind = settings["model_type"]
+    dim, heads = read_number(settings, "hidden_size"), read_number(settings, "num_attention_heads")
+    scaling, length = convert_rope_scaling(settings, read_number(settings, "max_position_embeddings", 2048))
+    theta = read_rope_settings(settings).get("rope_theta") or read_number(settings, "rope_theta", 10_000.0, float)
+    return {
+        "vocab_size": read_number(settings, "vocab_size"),
+        "dim": dim,
+        "n_layers": read_number(settings, "num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": read_number(settings, "num_key_value_heads", heads),
+        "head_dim": explicit_head_dim(settings) or dim // heads,
+        "hidden_dim": read_number(settings, "moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
+        "max_seq_len": length,
+        "rope_theta": float(theta),
+        "rope_scaling": scaling,
+        "norm_eps": float(read_number(settings, "rms_norm_eps", 1e-6, float)),
+        **MODEL_TYPES[kind],
+        **moe_fields(settings),
+    }
 
-    def read_number(name: str, default: Any = None, types: Any = int) -> Any:
-        value = settings.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
-            expected = "number" if types is not int else "whole number"
-            raise UserError(f"{folder}/config.json: {name} must be a positive {expected}, not {value!r}")
-        return value
 
-    dim, heads = read_number("hidden_size"), read_number("num_attention_heads")
-    scaling, length = convert_rope_scaling(settings, read_number("max_position_embeddings", 2048))
-    return ModelConfig(
-        vocab_size=read_number("vocab_size"),
-        dim=dim,
-        n_layers=read_number("num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=read_number("num_key_value_heads", heads),
-        head_dim=explicit_head_dim(settings) or dim // heads,
-        hidden_dim=read_number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
-        max_seq_len=length,
-        rope_theta=float(
-            read_rope_settings(settings).get("rope_theta") or read_number("rope_theta", 10_000.0, (int, float))
-        ),
-        rope_scaling=scaling,
-        norm_eps=float(read_number("rms_norm_eps", 1e-6, (int, float))),
-        tie_embeddings=tied,
-        **MODEL_TYPES[str(kind)],
-        **moe_fields(folder, settings, read_number),
-    )
+def read_number(settings: Settings, name: str, default: float | None = None, kind: type = int) -> Any:
+    """Return a positive number of config.json. `kind`: int, or float for any number. Raises ValueError."""
+    value = settings.get(name)
+    value = default if value is None else value
+    accepted = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value < math.inf:
+        expected = "whole number" if kind is int else "number"
+        raise ValueError(f"{name} must be a positive {expected}, not {value!r}")
+    return value
 
 
 def unsupported_features(settings: Settings) -> dict[str, Any]:
@@ -181,33 +178,30 @@ def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
-def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> dict[str, Any]:
-    """Return the ModelConfig fields of a mixture of experts; {} for a dense model."""
-    kind = settings.get("model_type")
-    if kind == GRANITE:
-        routed, shared = read_number("num_local_experts"), num_granite_shared_experts(folder, settings, read_number)
-    elif kind == QWEN3_MOE:
-        routed, shared = read_number("num_experts", settings.get("num_local_experts")), 0
-    else:
+def moe_fields(settings: Settings) -> dict[str, Any]:
+    """Return the ModelConfig fields of a mixture of experts; {} for a dense model.
+
+    GraniteMoeShared has one shared feed-forward, as wide as all shared experts together.
+    """
+    kind, shared = settings.get("model_type"), 0
+    if kind not in (GRANITE, QWEN3_MOE):
         return {}
+    if kind == QWEN3_MOE:
+        routed = read_number(settings, "num_experts", settings.get("num_local_experts"))
+    else:
+        routed = read_number(settings, "num_local_experts")
+        width, shared_width = read_number(settings, "intermediate_size"), settings.get("shared_intermediate_size", 0)
+        if not isinstance(shared_width, int) or shared_width < 0 or shared_width % width:
+            problem = f"shared_intermediate_size {shared_width!r} is not supported"
+            raise ValueError(f"{problem}: it must be a multiple of intermediate_size {width}")
+        shared = shared_width // width
     return {
         "use_moe": True,
         "n_shared_experts": shared,
         "n_routed_experts": routed,
-        "n_active_experts": read_number("num_experts_per_tok"),
+        "n_active_experts": read_number(settings, "num_experts_per_tok"),
         "balance_loss_coef": float(settings.get("router_aux_loss_coef") or 0.0),
     }
-
-
-def num_granite_shared_experts(folder: Path, settings: Settings, read_number: NumberReader) -> int:
-    """Return n_shared_experts. GraniteMoeShared has one shared feed-forward, as wide as all shared experts together."""
-    width, shared = read_number("intermediate_size"), settings.get("shared_intermediate_size", 0)
-    if not isinstance(shared, int) or shared < 0 or shared % width:
-        raise UserError(
-            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: it must be a "
-            f"multiple of intermediate_size {width}"
-        )
-    return shared // width
 
 
 def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:

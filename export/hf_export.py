@@ -41,24 +41,20 @@ from model.tokenizer import ChatTokenizer
 from model.tokenizer_files import read_settings
 from model.transformer import Transformer
 
-DEFAULT_MAX_NEW_TOKENS = 256  # of generation_config.json; half the context if that is shorter
-
 
 def hf_architecture(config: ModelConfig) -> tuple[str, str]:
     """(class, model_type) of the stock architecture that computes the same. Raises UserError if there is none."""
-    has_default_head_dim = config.n_heads * config.head_dim == config.dim
-    for problem, wrong in {
-        "qkv_bias together with qk_norm": config.qkv_bias and config.qk_norm,
-        "a mixture of experts with qkv_bias": config.qkv_bias and config.use_moe,
-        "a mixture of experts with qk_norm and shared experts": config.use_moe
-        and config.qk_norm
-        and config.n_shared_experts > 0,
-        "a mixture of experts without qk_norm, with a head_dim that is not dim / n_heads": config.use_moe
-        and not config.qk_norm
-        and not has_default_head_dim,
-    }.items():
-        if wrong:
-            raise UserError(f"no stock architecture supports {problem}: train the model without one of the two")
+    problem = ""
+    if config.qkv_bias and config.qk_norm:
+        problem = "qkv_bias together with qk_norm"
+    elif config.use_moe and config.qkv_bias:
+        problem = "a mixture of experts with qkv_bias"
+    elif config.use_moe and config.qk_norm and config.n_shared_experts:
+        problem = "a mixture of experts with qk_norm and shared experts"
+    elif config.use_moe and not config.qk_norm and config.n_heads * config.head_dim != config.dim:
+        problem = "a mixture of experts without qk_norm, with a head_dim that is not dim / n_heads"
+    if problem:
+        raise UserError(f"no stock architecture supports {problem}: train the model without one of the two")
     if config.use_moe:
         return ("Qwen3MoeForCausalLM", QWEN3_MOE) if config.qk_norm else ("GraniteMoeSharedForCausalLM", GRANITE)
     if config.qkv_bias:
@@ -148,8 +144,8 @@ def bos_id(tokenizer: ChatTokenizer) -> int | None:
 
 def make_generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """generation_config.json: stop tokens and sampling settings. A foreign model keeps its sampling settings."""
-    defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    defaults["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, config.max_seq_len // 2)
+    length = min(256, config.max_seq_len // 2)
+    defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": length}
     settings = read_settings(tokenizer.files, "generation_config.json") or defaults
     return {
         **settings,

@@ -24,7 +24,7 @@ import torch
 
 from common.errors import UserError
 from export.gguf_export import gguf_tensors, import_gguf, storage_type, write_gguf
-from export.gguf_sentencepiece import tokenizer_caveat
+from export.gguf_tokenizer import tokenizer_caveat
 from export.verify_hf import (
     GREEDY_TOKENS,
     SAMPLE_TEXTS,
@@ -62,16 +62,10 @@ def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantiz
 
 def run_llama_cpp(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
     """Compare the file in llama.cpp with `model`; return a summary. Raises UserError if they differ."""
-    with suppress_stderr():
-        # type_k, type_v 0: KV cache in fp32
+    size = model.config.max_seq_len
+    with suppress_stderr():  # type_k, type_v 0: KV cache in fp32
         llama = llama_cpp.Llama(
-            str(path),
-            n_ctx=model.config.max_seq_len,
-            logits_all=True,
-            verbose=False,
-            type_k=0,
-            type_v=0,
-            n_gpu_layers=0,
+            str(path), n_ctx=size, logits_all=True, verbose=False, type_k=0, type_v=0, n_gpu_layers=0
         )
     try:
         check_llama_cpp_tokens(llama, tokenizer)
@@ -143,10 +137,11 @@ def compare_with_llama_cpp(llama: Any, model: Transformer, tokenizer: ChatTokeni
         llama.eval(answer[-1:])
     compared = common_prefix(ours, logits, answer, tolerance)
     allowed = f"allowed {tolerance:g}" if tolerance < math.inf else "not limited for MoE; equal in f32"
-    alike = int((theirs.argmax(-1) == logits.argmax(-1)).sum())
-    return f"equal tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal" + (
-        f", then a tie; argmax equal at {alike} of {number} positions" if compared < number else ""
-    )
+    result = f"equal tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal"
+    if compared < number:
+        alike = int((theirs.argmax(-1) == logits.argmax(-1)).sum())
+        result += f", then a tie; argmax equal at {alike} of {number} positions"
+    return result
 
 
 @contextlib.contextmanager

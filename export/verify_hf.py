@@ -175,20 +175,13 @@ def compare_with_hf(model: Transformer, hf_model: Any, tokenizer: ChatTokenizer,
     ours, logits = greedy_decode(model, prompt, number)
     reset_dynamic_rope(model, hf_model)
     hf_model.generation_config.eos_token_id = None  # ignore stop tokens
-    found = hf_model.generate(
-        input_ids=torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        max_new_tokens=number,
-    )
+    options = {"do_sample": False, "temperature": None, "top_p": None, "max_new_tokens": number}
+    prompts = torch.tensor([prompt])
+    found = hf_model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
     compared = common_prefix(ours, logits, found[0, len(prompt) :].tolist(), HF_TOLERANCE)
-    positions = sum(map(len, rows))
-    return (
-        f"{name}: logits at {positions} positions differ by at most {largest:.1e} (allowed {HF_TOLERANCE:g}), "
-        f"{compared} greedy tokens equal" + (", then a tie" if compared < number else "")
-    )
+    positions, tie = sum(map(len, rows)), ", then a tie" if compared < number else ""
+    limits = f"differ by at most {largest:.1e} (allowed {HF_TOLERANCE:g})"
+    return f"{name}: logits at {positions} positions {limits}, {compared} greedy tokens equal{tie}"
 
 
 def reset_dynamic_rope(model: Transformer, hf_model: Any) -> None:

@@ -60,6 +60,13 @@ def chats():
     return chat_tokenizer()
 
 
+def edit_bpe(chats, change):
+    """The tokenizer after change(vocab, merges) of its BPE."""
+    content = json.loads(chats.files["tokenizer.json"])
+    change(content["model"]["vocab"], content["model"]["merges"])
+    return ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)})
+
+
 def tiny_model(chats, **changes):
     size = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "max_seq_len": 128}
     return random_model(ModelConfig(chats.vocab_size + 5, **{**size, **changes}))
@@ -128,10 +135,8 @@ def llama_cpp():
     return pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
 
 
-FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if "-" in case else 2]] + [
-    ("llama", "f16"),
-    ("llama", "bf16"),
-]
+FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if "-" in case else 2]]
+FORMATS += [("llama", "f16"), ("llama", "bf16")]
 
 
 @pytest.mark.parametrize(("case", "number"), FORMATS)
@@ -151,9 +156,7 @@ def test_check_gguf_finds_wrong_rows_and_missing_merges(llama_cpp, chats, tmp_pa
         write_gguf(path, model, chats, "f32", FACTS)
         with pytest.raises(UserError, match="logits differ"):
             check_gguf(path, model, chats, "f32")
-    content = json.loads(chats.files["tokenizer.json"])
-    content["model"]["merges"] = content["model"]["merges"][:20]
-    write_gguf(path, model, ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}), "f32", FACTS)
+    write_gguf(path, model, edit_bpe(chats, lambda vocab, merges: merges.__delitem__(slice(20, None))), "f32", FACTS)
     with pytest.raises(UserError, match="other tokens"):
         check_gguf(path, model, chats, "f32")
 
@@ -209,12 +212,13 @@ def test_unsupported_rope_scaling_is_rejected(changes, message, chats, tmp_path)
 
 def test_a_piece_across_a_pre_tokenizer_split_is_rejected(chats):
     assert piece_across_cut(chats) == ""
-    content = json.loads(chats.files["tokenizer.json"])
-    piece = "a<"
-    content["model"]["vocab"][piece] = len(content["model"]["vocab"])
-    content["model"]["merges"].append(["a", "<"])
+
+    def add_piece(vocab, merges):
+        vocab["a<"] = len(vocab)
+        merges.append(["a", "<"])
+
     with pytest.raises(UserError, match="crosses"):
-        pre_tokenizer_name(ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}))
+        pre_tokenizer_name(edit_bpe(chats, add_piece))
 
 
 def test_unsupported_exports_are_rejected_before_any_work(monkeypatch, tokenizer, chats, tmp_path):
@@ -265,9 +269,8 @@ def test_go_templates_write_the_format(name, chats):
 
     chat = chats.with_chat_format(name).format
     messages = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]
-    start, body, end = re.fullmatch(
-        r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)", go_template(chat), re.S
-    ).groups()
+    pattern = r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)"
+    start, body, end = re.fullmatch(pattern, go_template(chat), re.S).groups()
     text = start
     for role, content in messages:
         branches = re.findall(r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ end \}\}', body, re.S)

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from common.errors import UserError
 from export.gguf_export import write_gguf
-from export.gguf_sentencepiece import (
+from export.gguf_tokenizer import (
     BYTE_PIECES,
     TOKEN_BYTE,
     TOKEN_CONTROL,
@@ -24,8 +24,8 @@ from export.gguf_sentencepiece import (
     TOKEN_UNKNOWN,
     TOKEN_UNUSED,
     SentencePieceVocabulary,
+    pre_tokenizer_name,
 )
-from export.gguf_tokenizer import pre_tokenizer_name
 from export.verify_gguf import check_gguf
 from model.config import ModelConfig
 from model.tokenizer import load_tokenizer

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from export import hf_export
 from export.hf_import import open_model
 from export.verify_hf import SAMPLE_TEXTS
 from model.checkpoint import save_model
@@ -172,56 +173,28 @@ def test_an_adapter_is_merged_or_exported_for_peft(monkeypatch, capsys, adapter_
 
 
 # ---- rejected exports, and the files they leave ----------------------------------------------------------------------
-def change_weights(monkeypatch):
-    from export import hf_export
-
-    original = hf_export.hf_state_dict
-
-    def changed(model, dtype):
-        state, name = original(model, dtype), "model.layers.1.self_attn.q_proj.weight"
-        return state | {name: state[name] + 0.01}
-
-    monkeypatch.setattr(hf_export, "hf_state_dict", changed)
-    return "logits differ"
+QUERY, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
+ROPE = {"rope_theta": 9e3, "rope_parameters": {"rope_type": "default", "rope_theta": 9e3}}
+FAULTS = {  # function of hf_export -> its changed result, and the message
+    "weights": ("hf_state_dict", lambda state: state | {QUERY: state[QUERY] + 0.01}, "logits differ"),
+    "RoPE": ("make_hf_config", lambda settings: settings | ROPE, "logits differ"),
+    "no tensor": ("hf_state_dict", lambda state: {n: t for n, t in state.items() if n != UP}, "not load every tensor"),
+    "template": ("write_hf_folder", lambda _: None, "chat template"),
+}
 
 
-def change_rope(monkeypatch):
-    from export import hf_export
-
-    original = hf_export.make_hf_config
-    monkeypatch.setattr(
-        hf_export,
-        "make_hf_config",
-        lambda *a: original(*a) | {"rope_theta": 9e3, "rope_parameters": {"rope_type": "default", "rope_theta": 9e3}},
-    )
-    return "logits differ"
-
-
-def drop_tensor(monkeypatch):
-    from export import hf_export
-
-    original = hf_export.hf_state_dict
-    missing = "model.layers.0.mlp.up_proj.weight"
-    monkeypatch.setattr(hf_export, "hf_state_dict", lambda *a: {n: t for n, t in original(*a).items() if n != missing})
-    return "does not load every tensor"
-
-
-def change_template(monkeypatch):
-    from model.tokenizer import ChatTokenizer
-
-    original = ChatTokenizer.save
-
-    def changed(self, folder):
-        original(self, folder)
-        edit_json(folder, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
-
-    monkeypatch.setattr(ChatTokenizer, "save", changed)
-    return "chat template"
-
-
-@pytest.mark.parametrize("fault", [change_weights, change_rope, drop_tensor, change_template])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_difference_is_an_error_and_leaves_no_files(fault, monkeypatch, make_checkpoint, tmp_path):
-    source, message = make_checkpoint(), fault(monkeypatch)
+    source, (function, change, message) = make_checkpoint(), FAULTS[fault]
+    original = getattr(hf_export, function)
+
+    def changed(*arguments):
+        result = original(*arguments)
+        if fault == "template":
+            edit_json(arguments[0], "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+        return change(result)
+
+    monkeypatch.setattr(hf_export, function, changed)
     with pytest.raises(UserError, match=message) as error:
         run_export(monkeypatch, source, tmp_path / "a")
     assert "\n" not in str(error.value) and "removed" in str(error.value)

@@ -7,6 +7,7 @@ names it.
 """
 
 import json
+import os
 import shutil
 import sys
 
@@ -294,45 +295,34 @@ def test_unsupported_settings_are_rejected(llama, changes, expected_message, tmp
         open_model(folder)
 
 
-def damage_folder(folder, how):
-    """Damage the folder; return a text that the message must contain."""
-    shard = sorted(folder.glob("*.safetensors"))[0]
-    if how == "empty":
-        for path in folder.iterdir():
-            path.unlink()
-        return "no config.json"
-    if how in ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / how).write_text("{ torn")
-        return how
-    if how == "a list":
-        (folder / "config.json").write_text("[]")
-        return "not a JSON object"
-    if how == "torn shard":
-        shard.write_bytes(shard.read_bytes()[:100])
-        return shard.name
-    if how == "lost shard":
-        shard.unlink()
-        return shard.name
-    if how == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-        return "no tokenizer.json"
-    if how == "path":
-        edit_json(folder, "model.safetensors.index.json", weight_map={"x": "../other.safetensors"})
-        return "other.safetensors"
-    assert how == "pytorch"
-    for path in folder.glob("*safetensors*"):
+def remove_files(folder, pattern="*"):
+    for path in folder.glob(pattern):
         path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    return "model.safetensors"
 
 
-KINDS = ["empty", "config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "a list"]
+TORN = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
+FIRST_SHARD = "model-00001-of-*.safetensors"
+DAMAGES = {  # damage -> what it does to the folder, and a text of the message
+    "empty": (remove_files, "no config.json"),
+    **{name: (lambda folder, name=name: (folder / name).write_text("{ torn"), name) for name in TORN},
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+    "torn shard": (lambda folder: os.truncate(*folder.glob(FIRST_SHARD), 100), "model-00001-of-"),
+    "lost shard": (lambda folder: remove_files(folder, FIRST_SHARD), "model-00001-of-"),
+    "no tokenizer": (lambda folder: remove_files(folder, "tokenizer.json"), "no tokenizer.json"),
+    "path": (
+        lambda folder: edit_json(folder, "model.safetensors.index.json", weight_map={"x": "../other.safetensors"}),
+        "other.safetensors",
+    ),
+    "pytorch": (lambda folder: remove_files(folder, "*safetensors*"), "model.safetensors"),
+}
 
 
-@pytest.mark.parametrize("how", [*KINDS, "torn shard", "lost shard", "no tokenizer", "path", "pytorch"])
-def test_damaged_folders_are_rejected_in_one_line(llama, how, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_rejected_in_one_line(llama, damage, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
-    expected_message = damage_folder(folder, how)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    apply, expected_message = DAMAGES[damage]
+    apply(folder)
     with pytest.raises(UserError) as error:
         open_model(folder)
     assert expected_message in str(error.value) and "\n" not in str(error.value)

@@ -69,19 +69,15 @@ def test_facts_of_a_checkpoint(make_model_file):
     assert facts["loss"] == 0.6452 and facts["languages"] == ["zh", "en"]
     total, active = load_model(path)[0].count_parameters()
     assert (facts["parameters"], facts["active_parameters"]) == (total, active)
-    assert facts["scores"] == [
-        {"name": "answers", "accuracy": {"zh": 0.5, "en": 0.25}, "questions": {"zh": 10, "en": 8}}
-    ]
+    scores = {"name": "answers", "accuracy": {"zh": 0.5, "en": 0.25}, "questions": {"zh": 10, "en": 8}}
+    assert facts["scores"] == [scores]
     assert [entry["data"] for entry in facts["chain"]] == ["dataset/pretrain", "sft", "dataset/dpo"]
     assert facts["parent"] is None and facts["adapter"] is None
 
 
 def test_the_log_completes_the_last_entry(make_model_file):
     path = make_model_file([{"stage": "pretrain"}], "pretrain")
-    rows = [
-        {"step": 1, "loss": 8.0, "tokens": 10, "seconds": 1.0},
-        {"step": 9, "loss": 6.5, "tokens": 90, "seconds": 9.0},
-    ]
+    rows = [{"step": n, "loss": loss, "tokens": 10 * n, "seconds": 1.0 * n} for n, loss in ((1, 8.0), (9, 6.5))]
     rows.append({"step": 9, "tokens": 90, **LOSSES})
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "lo'
     path.with_suffix(".jsonl").write_text(text)
@@ -126,15 +122,9 @@ def test_the_card_contains_every_figure(make_model_file):
     ]
     assert [row for row in rows if row not in text] == []
     assert "private" not in text and "No licence" not in text
-    card_without_facts = model_card(
-        model_facts(make_model_file([], "pretrain")), "LlamaForCausalLM", "unknown", "x", []
-    )
-    assert (
-        "No training record is available" in card_without_facts
-        and "No licence was stated" in card_without_facts
-        and "## Scores" not in card_without_facts
-    )
-    assert "apply_chat_template" not in card_without_facts, "a pretrained model continues text"
+    bare = model_card(model_facts(make_model_file([], "pretrain")), "LlamaForCausalLM", "unknown", "x", [])
+    assert "No training record is available" in bare and "No licence was stated" in bare and "## Scores" not in bare
+    assert "apply_chat_template" not in bare, "a pretrained model continues text"
 
 
 def test_foreign_markup_is_escaped(make_model_file):
