@@ -45,14 +45,19 @@ class FilteredSftConfig(SftDataConfig, PerplexityFlags):
     """chats -> jsonl and token shards for 3-full_sft.py"""
 
 
-DATA_COMMANDS = {"pretrain": PretrainDataConfig, "sft": FilteredSftConfig, "dpo": DpoDataConfig, **commands.COMMANDS}
+DATA_COMMANDS = {
+    "pretrain": PretrainDataConfig,
+    "sft": FilteredSftConfig,
+    "dpo": DpoDataConfig,
+    **commands.CURATION_COMMANDS,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     exits = {"--list_layouts": ("list the supported row layouts and exit", print_layouts)}
     command, config = cli.parse_command(DATA_COMMANDS, __doc__, arguments, exits)
-    if command in commands.COMMANDS:
-        return commands.run_command(command, config, reading_progress_bar)
+    if command in commands.CURATION_COMMANDS:
+        return commands.run_curation_command(command, config)
     config = replace(config, files=tuple(expand_inputs(config.files)))
     tokenizer = config.load_tokenizer()
     chat_filter = make_filter(config) if command == "sft" and config.scorer else None
@@ -66,7 +71,7 @@ def make_filter(config: FilteredSftConfig) -> PerplexityFilter:
     """Score the chats with --scorer, and choose those between the limits of --keep_entropy."""
     from curation.perplexity_scorer import score_chats  # imports torch
 
-    scores = score_chats(config, config.read_examples, reading_progress_bar)
+    scores = score_chats(config, config.read_examples)
     return PerplexityFilter(scores, config.keep_entropy, config.keep_fraction)
 
 

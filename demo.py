@@ -12,15 +12,14 @@
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
 
-Every step is a script that you can run yourself: its command line is printed first. A step whose results exist is
-skipped; delete the folder to start over. Writes only --out_dir: models, logs, curves, report.json.
+Every step is a script that you can run yourself: its command line is printed first. The flags of the trainings are
+recipes/demo-*.args. A step whose results exist is skipped; delete the folder to start over. Writes only --out_dir:
+models, logs, curves, report.json.
 Read next: README.md (the same steps on real text), 1-pretrain.py.
 """
 
-import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -28,40 +27,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, flag_types
+from common import flag_types
+from common.cli import Config, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import lock_output
-from common.metric_keys import with_current_metric_keys
 from common.signals import Terminated
+from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, print_report
 from model.config import PRESETS
 
 PROJECT_FOLDER = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
-# Training stage -> key in report.json of its answers to the held-out questions.
-TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
-LAST_STAGE = list(TRAINING)[-1]
-REPORT_LANGUAGES = ("zh", "en")
-SAMPLES_PER_LANGUAGE = 5
-QUESTION_KINDS = {
-    "seen_fact_new_wording": "after SFT, facts seen in SFT, new wording",
-    "unasked_fact_new_wording": "after SFT, facts seen only in pretraining",
-}
-
-# --max_minutes bounds each training on any machine; the learning rate schedule ends at that time.
 FLAGS = {
     "world": "--statement_rounds 60 --chat_rounds 8",
-    "tokenizer": "--vocab_size 4096",
-    "pretrain": "--preset demo --epochs 2 --batch_size 16 --learning_rate 8e-3 --max_minutes 3.75",
-    "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
-    "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7",
-    "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7 --log_interval 2 --eval_interval 15",
-    "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
     "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # with --max_steps: a smaller world
-    "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
+    "tokenizer": "--vocab_size 4096",
+    "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
 }
-EXAM_FIELDS = ("questions", "accuracy", "low", "high", "chance", "sentence")
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
+
+
+@dataclass(frozen=True)
+class DemoConfig(Config):
+    """Flags of demo.py."""
+
+    out_dir: str = flag("out/demo", "folder for all output", type=flag_types.path_string)
+    seed: int = flag(0, "random seed of world, initial weights and data order", type=flag_types.seed)
+    max_steps: int = flag(0, "quick test: stop each training after this many steps (-1 or 0: no limit)",
+                          type=flag_types.max_steps)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,68 +67,65 @@ class DemoStep:
     results: list[Path]
 
 
+def with_recipe(command: list[str]) -> list[str]:
+    """The command with the flags of its recipe: what steps.json records, so that an edited recipe is run again."""
+    recipes = [Path(PROJECT_FOLDER, word[1:]).read_text(encoding="utf-8") for word in command if word.startswith("@")]
+    return [*command, *recipes]
+
+
 def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
-    world, tokenizer = out / "world", out / "tokenizer"
-    files = {name: world / f"{name}.jsonl" for name in WORLD_FILES}
+    tokenizer, exam = out / "tokenizer", out / "exam"
+    files = {name: out / "world" / f"{name}.jsonl" for name in WORLD_FILES}
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
-    common = ["--out_dir", str(out), "--seed", str(seed), *FLAGS["training"].split()]
-    if max_steps:
-        common += ["--max_steps", str(max_steps)]
 
-    def data(folder: str, kind: str, source: str, *flags: str) -> tuple[list[str], list[Path]]:
-        folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / folder)]
-        return ["data_process.py", kind, str(files[source]), *folders, *flags], [out / folder]
+    def step(name: str, title: str, command: str, *flags: str | Path, results: list[Path]) -> DemoStep:
+        return DemoStep(name, title, [*command.split(), *map(str, flags)], results)
 
-    def train(script: str, stage: str, folder: str, parent: str = "") -> tuple[list[str], list[Path]]:
-        start = ["--init_from", str(models[parent])] if parent else ["--tokenizer", str(tokenizer)]
-        return [script, "--data_path", str(out / folder), *start, *common, *FLAGS[stage].split()], [models[stage]]
+    def data(name: str, title: str, kind: str, source: str, *flags: str) -> DemoStep:
+        folder = out / name.removesuffix("_data")
+        where = ["--tokenizer", tokenizer, "--out_dir", folder]
+        return step(name, title, f"data_process.py {kind}", files[source], *where, *flags, results=[folder])
 
-    def score(stage: str, questions: str = "questions") -> tuple[list[str], list[Path]]:
+    def train(stage: str, title: str, script: str, folder: str, parent: str = "") -> DemoStep:
+        start = ["--init_from", models[parent]] if parent else ["--tokenizer", tokenizer]
+        recipe = f"@recipes/demo-{stage.removeprefix('full_').removesuffix('_sft')}.args"
+        limit = ["--max_steps", str(max_steps)] if max_steps else []
+        flags = ["--data_path", out / folder, *start, "--out_dir", out, "--seed", str(seed), *limit, recipe]
+        return step(stage, title, script, *flags, results=[models[stage]])
+
+    def ask(name: str, title: str, stage: str, questions: str = "questions") -> DemoStep:
         answers = answers_file(out, stage, questions)
-        asked = ["--checkpoint", str(models[stage]), "--questions", str(files[questions]), "--json", str(answers)]
-        return ["2-eval.py", *asked], [answers]
+        flags = ["--checkpoint", models[stage], "--questions", files[questions], "--json", answers]
+        return step(name, title, "2-eval.py", *flags, results=[answers])
 
     identity = "identity_questions"
-    words = [str(files["words"]), "--out_dir", str(tokenizer)]
-    tokenizer_command = ["train_tokenizer.py", *words, *FLAGS["tokenizer"].split()]
-    world_command = ["-m", "demo_world.generator", "--out_dir", str(world), "--seed", str(seed)]
-    world_command += FLAGS["try" if max_steps else "world"].split()
-    exam = out / "exam"
-    exam_command = ["-m", "demo_world.exam", "--out_dir", str(exam), "--seed", str(seed)]
-    exam_eval_command = [
-        "eval_ceval.py",
-        "--data",
-        str(exam),
-        "--checkpoint",
-        str(models[LAST_STAGE]),
-        *FLAGS["exam"].split(),
-    ]
-    exam_eval_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
-    steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
-        ("world", "Generate the demo world", (world_command, list(files.values()))),
-        ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
-        ("pretrain_data", "Tokenize the texts", data("pretrain", "pretrain", "pretrain")),
-        ("sft_data", "Tokenize the chats", data("sft", "sft", "chats")),
-        ("identity_data", "Tokenize the chats about a new name", data("identity", "sft", "identity")),
-        ("dpo_data", "Tokenize the preference pairs", data("dpo", "dpo", "pairs", "--val_share", "0.1")),
-        ("pretrain", "Pretrain on the texts", train("1-pretrain.py", "pretrain", "pretrain")),
-        ("score_pretrain", "Ask the pretrained model the held-out questions", score("pretrain")),
-        ("full_sft", "Fine-tune on the chats", train("3-full_sft.py", "full_sft", "sft", "pretrain")),
-        ("score_full_sft", "Ask the same questions after SFT", score("full_sft")),
-        ("identity_before", "Ask for its name and job before LoRA", score("full_sft", identity)),
-        ("lora_sft", "LoRA: train a new name and job", train("4-lora_sft.py", "lora_sft", "identity", "full_sft")),
-        ("identity_after", "Ask for its name and job after LoRA", score("lora_sft", identity)),
-        ("score_lora_sft", "Ask the held-out questions after LoRA", score("lora_sft")),
-        ("dpo", "DPO: train on preference pairs", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
-        ("score_dpo", "Ask the held-out questions after DPO", score("dpo")),
-        ("exam", "Generate an exam about the demo world", (exam_command, [exam / "subject_mapping.json"])),
-        ("score_exam", "Evaluate the exam by log-probabilities", (exam_eval_command, [out / "exam.json"])),
-    ]
-    return [DemoStep(name, title, *command) for name, title, command in steps]
-
-
-def answers_file(out: Path, stage: str, questions: str = "questions") -> Path:
-    return out / f"answers_{stage}{'_identity' if questions != 'questions' else ''}.json"
+    seed_flags = ["--seed", str(seed)]
+    world_flags = ["--out_dir", out / "world", *seed_flags, *FLAGS["try" if max_steps else "world"].split()]
+    exam_flags = ["--data", exam, "--checkpoint", models[LAST_STAGE], *FLAGS["exam"].split()]
+    exam_flags += ["--out_dir", out, "--json", out / "exam.json"]
+    return [
+        step("world", "Generate the demo world", "-m demo_world.generator", *world_flags, results=list(files.values())),
+        step("tokenizer", "Train the tokenizer", "train_tokenizer.py", files["words"], "--out_dir", tokenizer,
+             *FLAGS["tokenizer"].split(), results=[tokenizer / "tokenizer.json"]),
+        data("pretrain_data", "Tokenize the texts", "pretrain", "pretrain"),
+        data("sft_data", "Tokenize the chats", "sft", "chats"),
+        data("identity_data", "Tokenize the chats about a new name", "sft", "identity"),
+        data("dpo_data", "Tokenize the preference pairs", "dpo", "pairs", "--val_fraction", "0.1"),
+        train("pretrain", "Pretrain on the texts", "1-pretrain.py", "pretrain"),
+        ask("score_pretrain", "Ask the pretrained model the held-out questions", "pretrain"),
+        train("full_sft", "Fine-tune on the chats", "3-full_sft.py", "sft", "pretrain"),
+        ask("score_full_sft", "Ask the same questions after SFT", "full_sft"),
+        ask("identity_before", "Ask for its name and job before LoRA", "full_sft", identity),
+        train("lora_sft", "LoRA: train a new name and job", "4-lora_sft.py", "identity", "full_sft"),
+        ask("identity_after", "Ask for its name and job after LoRA", "lora_sft", identity),
+        ask("score_lora_sft", "Ask the held-out questions after LoRA", "lora_sft"),
+        train("dpo", "DPO: train on preference pairs", "5-dpo_train.py", "dpo", "lora_sft"),
+        ask("score_dpo", "Ask the held-out questions after DPO", "dpo"),
+        step("exam", "Generate an exam about the demo world", "-m demo_world.exam", "--out_dir", exam, *seed_flags,
+             results=[exam / "subject_mapping.json"]),
+        step("score_exam", "Evaluate the exam by log-probabilities", "eval_ceval.py", *exam_flags,
+             results=[out / "exam.json"]),
+    ]  # fmt: skip
 
 
 def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
@@ -143,18 +133,18 @@ def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
 
     out/steps.json records the completed commands. If a step runs, all later steps run again.
     """
-    record_file = out / "steps.json"
-    record = read_step_record(record_file)
+    record = read_step_record(out / "steps.json")
     for number, step in enumerate(steps, 1):
-        done = record.get(step.name, {}).get("command") == step.command and all(path.exists() for path in step.results)
+        command = with_recipe(step.command)
+        done = record.get(step.name, {}).get("command") == command and all(path.exists() for path in step.results)
         print(f"\n[{number}/{len(steps)}] {step.title}" + (": already complete" if done else ""), flush=True)
         if done:
             continue
         for later in steps[number - 1 :]:
             record.pop(later.name, None)
         seconds = run_command(step.command)
-        record[step.name] = {"command": step.command, "seconds": round(seconds, 1)}
-        write_json(record_file, record)
+        record[step.name] = {"command": command, "seconds": round(seconds, 1)}
+        write_json(out / "steps.json", record)
     return {name: entry["seconds"] for name, entry in record.items()}
 
 
@@ -188,128 +178,6 @@ def run_command(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def read_result(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run demo.py again") from None
-
-
-def summarize_log(path: Path) -> dict[str, Any]:
-    """The last values of a training log: steps, tokens (or pairs), speed, loss, validation metrics."""
-    rows = [with_current_metric_keys(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "val_loss" in row]
-    last, unit = steps[-1], "tokens" if "tokens" in steps[-1] else "pairs"
-    validation = {
-        name: {lang: round(value, 4) for lang, value in scores.items()}
-        for name, scores in (validations[-1] if validations else {}).items()
-        if name.startswith(("val_", "bits_"))
-    }
-    return {
-        "steps": last["step"],
-        unit: last[unit],
-        f"{unit}_per_second": round(last[unit] / max(last["seconds"], 1e-9)),
-        "final_loss": round(last["loss"], 4),
-        "bits_per_byte": validation.pop("bits_per_byte", {}),
-        "validation_loss": validation.pop("val_loss", {}),
-        **validation,
-    }
-
-
-def make_demo_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
-    from model.checkpoint import load_model
-
-    score = {stage: read_result(answers_file(out, stage)) for stage in TRAINING}
-    samples: list[dict[str, Any]] = []
-    for lang in REPORT_LANGUAGES:
-        answers = [answer for answer in score[LAST_STAGE]["answers"] if answer["lang"] == lang]
-        # Sampled with the seed, not selected: the fraction of wrong answers is representative.
-        samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
-    model, _, _ = load_model(out / f"{LAST_STAGE}_{DIM}.pth")
-    stages = {stage: summarize_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING}
-    identity = {
-        moment: read_result(answers_file(out, stage, "identity_questions"))["counts"]
-        for moment, stage in (("before_lora", "full_sft"), ("after_lora", "lora_sft"))
-    }
-    return {
-        "parameters": model.count_parameters()[0],
-        "seconds": seconds,
-        "total_seconds": round(sum(seconds.values()), 1),
-        "stages": stages,
-        "bits_per_byte": {stage: log["bits_per_byte"] for stage, log in stages.items() if log["bits_per_byte"]},
-        "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
-        "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
-        "identity": identity,
-        "exam": {name: read_result(out / "exam.json")[name] for name in EXAM_FIELDS},
-        "curves": [str(out / f"{stage}_{DIM}.png") for stage in TRAINING],
-        "samples": samples,
-    }
-
-
-def print_report(report: dict[str, Any], out: Path) -> None:
-    """Print the results of each stage, ten sampled answers, and the command for a chat."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.rule("results of each stage")
-    headers = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
-    table = Table(*headers, box=None, padding=(0, 2, 0, 0))
-    for stage, moment in TRAINING.items():
-        log, right = report["stages"][stage], report["answer_accuracy"][moment]
-        bits, seconds = log["bits_per_byte"], report["seconds"][stage]
-        amount = (
-            (f"{log['tokens']:,}", f"{log['tokens_per_second']:,}")
-            if "tokens" in log
-            else (f"{log['pairs']:,} pairs", "")
-        )
-        table.add_row(
-            *(stage, f"{seconds:.0f}", *amount, f"{log['final_loss']:.3f}"),
-            *(f"{bits[lang]:.3f}" if bits else "" for lang in REPORT_LANGUAGES),
-            *(f"{right.get(lang, 0):.1%}" for lang in REPORT_LANGUAGES),
-        )
-    console.print(table)
-    for line in explain_columns(report):
-        console.print(line, highlight=False)
-    console.rule("ten of the held-out questions, sampled at random")
-    for sample in report["samples"]:
-        mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
-        console.print(f"[bold]{sample['question']}[/]  {mark}", highlight=False)
-        console.print(f"    {sample['answer']}", highlight=False, markup=False)
-    console.rule("done")
-    minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
-    console.print(f"{millions:.1f} M parameters, trained from scratch; all steps took {minutes:.1f} minutes.")
-    print(f"loss curves:  {out}/*_{DIM}.png")
-    print(f"report as JSON:  {out / 'report.json'}")
-    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
-
-
-def explain_columns(report: dict[str, Any]) -> list[str]:
-    """Lines below the table: the meaning of its columns, and results without a column."""
-
-    def counts(scores: dict[str, Any]) -> str:
-        return ", ".join(
-            f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in REPORT_LANGUAGES if k in scores
-        )
-
-    kinds, identity, dpo = report["answer_kinds"]["after_sft"], report["identity"], report["stages"]["dpo"]
-    exam = report["exam"]
-    lines = [
-        "tokens: trained tokens. bits/byte: on held-out texts and answers.",
-        "right: the answer contains the exact key; no model was trained on the wording of these questions.",
-        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in QUESTION_KINDS.items() if kind in kinds),
-        "LoRA trained a new name and job; questions with held-out wordings answered right:",
-        f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
-    ]
-    if "val_reward_accuracy" in dpo:
-        lines.append("DPO, held-out pairs whose chosen answer has the higher log-probability per token:")
-    for lang, gained in dpo.get("val_reward_accuracy", {}).items():
-        before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
-        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; reward accuracy {gained:.1%}")
-    return [*lines, f"Exam, {exam['questions']} questions with four options each:", f"  {exam['sentence']}"]
-
-
 def python_command() -> str:
     """The command that starts this Python from the project's folder: `make demo` uses one in .venv."""
     here = Path(sys.executable)
@@ -317,16 +185,8 @@ def python_command() -> str:
 
 
 def main() -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out_dir", type=flag_types.path_string, default="out/demo", help="folder for all output (default: out/demo)"
-    )
-    parser.add_argument("--seed", type=flag_types.seed, default=0,
-        help="random seed of world, initial weights and data order (default: 0)")  # fmt: skip
-    parser.add_argument("--max_steps", type=flag_types.max_steps, default=0,
-                        help="quick test: stop each training after this many steps (-1 or 0: no limit)")  # fmt: skip
-    args = parser.parse_args()
-    out = Path(args.out_dir)
+    config = parse(DemoConfig, __doc__)
+    out = Path(config.out_dir)
     if Path.cwd() != PROJECT_FOLDER:  # the commands run in the project's folder
         out = out.absolute()
     if out.exists() and not out.is_dir():
@@ -334,11 +194,14 @@ def main() -> None:
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well
     started = time.perf_counter()
     with lock_output(out):
-        seconds = run_steps(make_steps(out, args.seed, args.max_steps), out)
-        report = make_demo_report(out, seconds, args.seed)
+        seconds = run_steps(make_steps(out, config.seed, config.max_steps), out)
+        report = make_report(out, DIM, seconds, config.seed)
         write_json(out / "report.json", report)
     print()
-    print_report(report, out)
+    print_report(report)
+    print(f"loss curves:  {out}/*_{DIM}.png")
+    print(f"report as JSON:  {out / 'report.json'}")
+    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
     print(f"demo.py took {time.perf_counter() - started:.0f} seconds")
 
 

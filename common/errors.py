@@ -7,13 +7,14 @@ Read next: signals.py.
 """
 
 import contextlib
+import importlib
 import io
 import os
 import re
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.signals import Terminated, handle_signals, print_error, raise_terminated
 
@@ -22,6 +23,14 @@ CHAT_FORMAT_ADVICE = "choose another format: --chat_format of data_process.py an
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, where, and what to do."""
+
+
+def import_package(name: str, advice: str) -> Any:
+    """Import an optional package. Raises UserError(advice), which names the pip command, if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(advice) from None
 
 
 def require(condition: object, message: str, error: type[Exception] = UserError) -> None:

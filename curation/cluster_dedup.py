@@ -24,23 +24,22 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, import_package
 from common.files import remove, remove_leftovers, report_write_errors, write_json
 from corpus.dataset_writer import dataset_staging_folder, replace_dataset
 from corpus.job_state import input_fingerprints
-from corpus.readers import PathLike
-from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
 from curation.near_duplicates import (
     HASHES_PER_BAND,
     NUM_BANDS,
-    Clusters,
+    DedupConfig,
     KeepFirstOfCluster,
     merge_clusters,
     minhash_signatures,
@@ -48,7 +47,7 @@ from curation.near_duplicates import (
     shingle_hashes,
 )
 from curation.rule_stats import RuleStats
-from curation.transform import batch_rows, check_out_dir, read_numbered_rows, to_json_line, write_reports
+from curation.transform import NumberedRow, batch_rows, check_out_dir, read_numbered_rows, write_reports, write_rows
 
 try:
     from datatrove.data import Document
@@ -59,7 +58,6 @@ try:
 except ImportError:
     raise UserError('--executor needs one more package: pip install "datatrove>=0.6,<0.11"') from None
 
-EXECUTORS = ("local", "slurm", "ray")
 MINHASH_CONFIG = MinhashConfig(
     num_buckets=NUM_BANDS, hashes_per_bucket=HASHES_PER_BAND, hash_config=HashConfig(precision=32)
 )
@@ -68,46 +66,41 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class DedupJob:
-    """Settings that every task receives: input files, folders, limits. Pickled with the tasks."""
+    """The configuration with absolute paths, and the folders of the job. Pickled with the tasks."""
 
-    paths: list[str]
-    out_dir: str
-    folder: str
-    max_bad_share: float
-    accept_damaged: bool | None
-    keys: dict[str, str] = field(default_factory=dict)  # --keys
+    config: DedupConfig
 
     @property
-    def reader(self) -> RowReader:
-        return RowReader(self.keys)
-
-    def report(self) -> DataStats:
-        """A new DataStats with the job's limits."""
-        return DataStats(self.max_bad_share, self.accept_damaged)
+    def folder(self) -> Path:
+        return dataset_staging_folder(self.config.out_dir)
 
     @property
     def work_dir(self) -> Path:
-        return Path(self.folder) / "cluster"
+        return self.folder / "cluster"
 
     @property
     def log_dir(self) -> Path:
         """datatrove's logs and completion markers; outside the staging folder, which the last task renames."""
-        return Path(self.out_dir + ".log")
+        return Path(self.config.out_dir + ".log")
+
+    def load(self, name: str) -> np.ndarray:
+        """An array of an earlier task, mapped into memory."""
+        array: np.ndarray = np.load(self.work_dir / name, mmap_mode="r", allow_pickle=False)
+        return array
+
+    def read_rows(self, rank: int, report: DataStats, first_number: int = 0) -> Iterator[NumberedRow]:
+        """The rows of one input file."""
+        return read_numbered_rows([self.config.files[rank]], report, first_number, self.config.reader)
 
 
-# ---- the steps: called as step(data, rank, world_size) ---------------------------------------------------------------
-@dataclass
-class ReadRows:
-    """Yields the rows of the task's file as datatrove documents and saves the hashes of their texts."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Document]:
-        hashes = []
-        for row in read_numbered_rows([self.job.paths[rank]], self.job.report(), 0, self.job.reader):
-            hashes.append(row_text_hash(row))
-            yield Document(text=row.text, id=str(row.number))
-        np.save(self.job.work_dir / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
+# ---- the tasks: datatrove calls them with (data, rank, world_size) after the job -------------------------------------
+def read_documents_of_file(job: DedupJob, data: Any, rank: int, world_size: int) -> Iterator[Document]:
+    """Yield the rows of the task's file as datatrove documents, and save the hashes of their texts."""
+    hashes = []
+    for row in job.read_rows(rank, job.config.new_stats()):
+        hashes.append(row_text_hash(row))
+        yield Document(text=row.text, id=str(row.number))
+    np.save(job.work_dir / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
 
 
 class SignRows(MinhashDedupSignature):
@@ -127,141 +120,91 @@ class SignRows(MinhashDedupSignature):
         return minhash_signatures([shingle_hashes])[0].reshape(NUM_BANDS, HASHES_PER_BAND).tolist()
 
 
-@dataclass
-class FindClusters:
-    """Merges the pairs of all bands: first[i] is the first document of i's cluster, numbered over all files."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        counts = [
-            len(np.load(self.job.work_dir / f"hashes_{i:05d}.npy", mmap_mode="r", allow_pickle=False))
-            for i in range(len(self.job.paths))
-        ]
-        offsets = np.cumsum([0, *counts])
-        first = np.arange(offsets[-1])
-        for path in sorted((self.job.work_dir / "pairs").glob("*.dups")):
-            pairs = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.int64)
-            merge_clusters(first, offsets[pairs[:, 0]] + pairs[:, 1], offsets[pairs[:, 2]] + pairs[:, 3])
-        np.save(self.job.work_dir / "first.npy", first)
-        np.save(self.job.work_dir / "starts.npy", offsets)
+def find_clusters(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Merge the pairs of all bands: first[i] is the first document of i's cluster, numbered over all files."""
+    hashes = [job.load(f"hashes_{i:05d}.npy") for i in range(len(job.config.files))]
+    offsets = np.cumsum([0, *map(len, hashes)])
+    first = np.arange(offsets[-1])
+    for path in sorted((job.work_dir / "pairs").glob("*.dups")):
+        pairs = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.int64)
+        merge_clusters(first, offsets[pairs[:, 0]] + pairs[:, 1], offsets[pairs[:, 2]] + pairs[:, 3])
+    np.save(job.work_dir / "first.npy", first)
+    np.save(job.work_dir / "hashes.npy", np.concatenate(hashes))
+    np.save(job.work_dir / "starts.npy", offsets)
 
 
-@dataclass
-class WriteRows:
-    """Writes the rows of the task's file that are the first of their cluster, and the task's counts."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        first = np.load(self.job.work_dir / "first.npy", mmap_mode="r", allow_pickle=False)
-        first_number = int(np.load(self.job.work_dir / "starts.npy", allow_pickle=False)[rank])
-        hashes = _TextHashes(self.job)
-        transform = KeepFirstOfCluster(Clusters(first, hashes), exact_only=False)
-        rule_stats, report = RuleStats(transform.rule_names()), self.job.report()
-        name = Path(self.job.folder) / f"text_{rank:03d}.jsonl"
-        with name.open("wb") as kept, (self.job.work_dir / f"dropped_{rank:05d}.tsv").open("wb") as dropped:
-            for batch in batch_rows(read_numbered_rows([self.job.paths[rank]], report, first_number, self.job.reader)):
-                for row, decision in zip(batch, transform.apply(batch), strict=True):
-                    rule_stats.add(row.file, row.line, decision)
-                    if decision.kept is not None:
-                        kept.write(to_json_line(row.raw))
-                    else:
-                        dropped.write(row.dropped_line(decision))
-        content = {"tally": rule_stats.to_dict(), "report": report.to_dict()}
-        write_json(self.job.work_dir / f"tally_{rank:05d}.json", content)
+def write_rows_of_file(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Write the rows of the task's file that are the first of their cluster, and the task's counts."""
+    transform = KeepFirstOfCluster(job.load("first.npy"), job.load("hashes.npy"))
+    rule_stats, report = RuleStats(transform.rule_names()), job.config.new_stats()
+    kept, dropped = job.folder / f"text_{rank:03d}.jsonl", job.work_dir / f"dropped_{rank:05d}.tsv"
+    with kept.open("wb") as kept_file, dropped.open("wb") as dropped_file:
+        for batch in batch_rows(job.read_rows(rank, report, int(job.load("starts.npy")[rank]))):
+            write_rows(batch, transform.apply(batch), rule_stats, kept_file, dropped_file)
+    content = {"tally": rule_stats.to_dict(), "report": report.to_dict()}
+    write_json(job.work_dir / f"tally_{rank:05d}.json", content)
 
 
-class _TextHashes:
-    """hashes[i] of the text of document i, numbered over the files of all tasks."""
-
-    def __init__(self, job: DedupJob) -> None:
-        self.offsets = np.load(job.work_dir / "starts.npy", allow_pickle=False)
-        self.files = [
-            np.load(job.work_dir / f"hashes_{i:05d}.npy", mmap_mode="r", allow_pickle=False)
-            for i in range(len(job.paths))
-        ]
-
-    def __getitem__(self, i: int) -> int:
-        file_index = int(np.searchsorted(self.offsets, i, side="right")) - 1
-        return int(self.files[file_index][i - self.offsets[file_index]])
-
-
-@dataclass
-class MergeReports:
-    """Merges the counts of all tasks, writes the reports, and renames the staging folder to `out_dir`."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        folder, rule_stats, report = Path(self.job.folder), RuleStats(), self.job.report()
-        with (folder / "dropped.tsv").open("wb") as dropped:
-            for i in range(len(self.job.paths)):
-                content = json.loads((self.job.work_dir / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
-                rule_stats.merge(content["tally"])
-                report.merge(content["report"])
-                dropped.write((self.job.work_dir / f"dropped_{i:05d}.tsv").read_bytes())
-        transform = KeepFirstOfCluster(Clusters(np.zeros(0, np.int64), []), exact_only=False)
-        write_reports(transform, list(self.job.paths), folder, rule_stats, report)
-        remove(self.job.work_dir)
-        replace_dataset(folder, self.job.out_dir)
+def merge_reports(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Merge the counts of all tasks, write the reports, and rename the staging folder to --out_dir."""
+    rule_stats, report = RuleStats(), job.config.new_stats()
+    with (job.folder / "dropped.tsv").open("wb") as dropped:
+        for i in range(len(job.config.files)):
+            content = json.loads((job.work_dir / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
+            rule_stats.merge(content["tally"])
+            report.merge(content["report"])
+            dropped.write((job.work_dir / f"dropped_{i:05d}.tsv").read_bytes())
+    write_reports(KeepFirstOfCluster(np.zeros(0, np.int64), []), job.config.files, job.folder, rule_stats, report)
+    remove(job.work_dir)
+    replace_dataset(job.folder, job.config.out_dir)
 
 
 # ---- the executors ---------------------------------------------------------------------------------------------------
 def pipeline_stages(job: DedupJob) -> list[tuple[str, list[Any], int]]:
     """(name, pipeline, number of tasks) of each stage, in order."""
     pairs, signatures = str(job.work_dir / "pairs"), str(job.work_dir / "signatures")
-    num_files = len(job.paths)
+    num_files = len(job.config.files)
+    buckets = MinhashDedupBuckets(signatures, pairs, config=MINHASH_CONFIG, lines_to_buffer=10_000)
     return [
-        ("sign", [ReadRows(job), SignRows(job)], num_files),
-        ("buckets", [MinhashDedupBuckets(signatures, pairs, config=MINHASH_CONFIG, lines_to_buffer=10_000)], NUM_BANDS),
-        ("clusters", [FindClusters(job)], 1),
-        ("write", [WriteRows(job)], num_files),
-        ("finish", [MergeReports(job)], 1),
+        ("sign", [partial(read_documents_of_file, job), SignRows(job)], num_files),
+        ("buckets", [buckets], NUM_BANDS),
+        ("clusters", [partial(find_clusters, job)], 1),
+        ("write", [partial(write_rows_of_file, job)], num_files),
+        ("finish", [partial(merge_reports, job)], 1),
     ]
 
 
-def deduplicate_on_cluster(
-    paths: list[PathLike],
-    out_dir: PathLike,
-    executor: str,
-    workers: int,
-    report: DataStats,
-    slurm: dict[str, str],
-    reader: RowReader = DEFAULT_READER,
-) -> RuleStats | None:
+def deduplicate_on_cluster(config: DedupConfig) -> RuleStats | None:
     """Run the five stages and return the counts; with Slurm, submit them and return None.
 
-    `report`: a new DataStats; its limits apply to every task. `slurm`: partition, time. Raises UserError if `out_dir`
-    cannot be replaced, a package or `sbatch` is missing, or a task fails.
+    Raises UserError if --out_dir cannot be replaced, a package or `sbatch` is missing, or a task fails.
     """
-    check_out_dir(out_dir, paths)
-    if executor == "slurm" and not shutil.which("sbatch"):
+    check_out_dir(config.out_dir, config.files)
+    if config.executor == "slurm" and not shutil.which("sbatch"):
         raise UserError("--executor slurm: no sbatch on this machine: run the command on a login node of the cluster")
     minhash_signatures([shingle_hashes("is rensa installed?")])
-    folder = dataset_staging_folder(out_dir).absolute()
-    files = [str(Path(path).resolve()) for path in paths]
-    job = DedupJob(
-        files, str(Path(out_dir).absolute()), str(folder), report.max_bad_fraction, report.accept_damaged, reader.keys
-    )
-    with report_write_errors(out_dir):
-        _resume_or_clear(job, paths)
-    if executor == "slurm":
-        _submit_slurm_jobs(job, workers, slurm)
+    out_dir, files = str(Path(config.out_dir).absolute()), tuple(str(Path(path).resolve()) for path in config.files)
+    job = DedupJob(replace(config, out_dir=out_dir, files=files))
+    with report_write_errors(config.out_dir):
+        _resume_or_clear(job, config)
+    if config.executor == "slurm":
+        _submit_slurm_jobs(job)
         return None
-    if executor == "ray":
-        _start_ray(workers)
-    with report_write_errors(out_dir):
+    if config.executor == "ray":
+        _start_ray(config.workers)
+    with report_write_errors(config.out_dir):
         for name, pipeline, tasks in pipeline_stages(job):
-            executor_class = LocalPipelineExecutor if executor == "local" else RayPipelineExecutor
-            num_workers = min(workers, tasks)
+            executor_class = LocalPipelineExecutor if config.executor == "local" else RayPipelineExecutor
+            num_workers = min(config.workers, tasks)
             with _redirect_stderr(job.log_dir / "messages.txt"):
                 executor_class(pipeline, tasks=tasks, workers=num_workers, logging_dir=str(job.log_dir / name)).run()
             if len(list((job.log_dir / name / "completions").glob("*"))) < tasks:
                 raise UserError(f"{name}: not every task succeeded: see {job.log_dir}, then repeat the command")
             print(f"{name}: {tasks} tasks done", flush=True)
         remove(job.log_dir)
-    return RuleStats.from_report(Path(out_dir) / "report.json")
+    rule_stats = RuleStats()
+    rule_stats.merge(json.loads(Path(out_dir, "report.json").read_text(encoding="utf-8")))
+    return rule_stats
 
 
 @contextlib.contextmanager
@@ -277,9 +220,10 @@ def _redirect_stderr(path: Path) -> Iterator[None]:
             os.close(terminal)
 
 
-def _resume_or_clear(job: DedupJob, paths: list[PathLike]) -> None:
+def _resume_or_clear(job: DedupJob, config: DedupConfig) -> None:
     """Keep the work of an earlier run of the same job, so its complete tasks are skipped; delete any other."""
-    content = {"inputs": input_fingerprints(paths), "bands": [NUM_BANDS, HASHES_PER_BAND], **job.reader.key_settings()}
+    content = {"inputs": input_fingerprints(config.files), "bands": [NUM_BANDS, HASHES_PER_BAND]}
+    content |= config.reader.key_settings()
     job_file = job.work_dir / "job.json"
     remove_leftovers(job.work_dir)
     if not job_file.is_file() or json.loads(job_file.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
@@ -290,16 +234,16 @@ def _resume_or_clear(job: DedupJob, paths: list[PathLike]) -> None:
     job.log_dir.mkdir(exist_ok=True)
 
 
-def _submit_slurm_jobs(job: DedupJob, workers: int, slurm: dict[str, str]) -> None:
-    previous = None
+def _submit_slurm_jobs(job: DedupJob) -> None:
+    config, previous = job.config, None
     scripts_dir = sysconfig.get_path("scripts")
     for name, pipeline, tasks in pipeline_stages(job):
         previous = SlurmPipelineExecutor(
             pipeline,
             tasks=tasks,
-            workers=workers,
-            time=slurm["time"],
-            partition=slurm["partition"],
+            workers=config.workers,
+            time=config.time,
+            partition=config.partition,
             qos="",
             job_name=f"dedup_{name}",
             logging_dir=str(job.log_dir / name),
@@ -307,14 +251,11 @@ def _submit_slurm_jobs(job: DedupJob, workers: int, slurm: dict[str, str]) -> No
             depends=previous,
         )
         previous.run()
-    print(f"submitted: five job arrays; {job.out_dir} appears when the last one is done, logs in {job.log_dir}")
+    print(f"submitted: five job arrays; {config.out_dir} appears when the last one is done, logs in {job.log_dir}")
 
 
 def _start_ray(workers: int) -> None:
-    try:
-        import ray
-    except ImportError:
-        raise UserError('--executor ray needs one more package: pip install "ray>=2.9,<3"') from None
+    ray = import_package("ray", '--executor ray needs one more package: pip install "ray>=2.9,<3"')
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if not ray.is_initialized():
         cpus = None if os.environ.get("RAY_ADDRESS") else workers  # a running cluster has its own count

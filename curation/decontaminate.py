@@ -22,14 +22,16 @@ Read next: ngrams.py (the hashes), transform.py (reading and writing rows).
 import csv
 import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.cli import flag
 from common.errors import UserError
+from common.flag_types import fraction, path_string
 from corpus.job_state import input_fingerprints
 from corpus.language import count_chinese, detect_language
 from corpus.readers import read_rows
@@ -37,7 +39,7 @@ from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import BadRow, DataStats
 from curation.ngrams import alphanumeric, code_points, ngram_hashes
 from curation.rule_stats import Decision, RuleHit, compute_sample_key
-from curation.transform import NumberedRow, to_json_line
+from curation.transform import CurationConfig, NumberedRow, Transform, to_json_line
 from evaluation.exam_data import read_exam_files
 
 NGRAM_LENGTH = {"zh": 13, "en": 50}
@@ -47,6 +49,16 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".txz", ".
 QUESTION_KEYS = ("question", "题目", "problem", "query", "prompt", "instruction", "q")
 CHOICE_KEYS = ("a", "b", "c", "d", "e", "f")
 _BLOOM_MASK = np.uint64(2**22 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecontaminateConfig(CurationConfig):
+    """drop documents that contain questions of an exam"""
+
+    out_dir: str = "dataset/decontaminate"
+    against: tuple[str, ...] = flag(MISSING, "folders, archives or files with exam questions",
+                                    nargs="+", type=path_string, metavar="EXAM")  # fmt: skip
+    overlap: float = flag(0.5, "fraction of a question in a dropped row; 0: one n-gram", type=fraction)
 
 
 class NgramIndex(NamedTuple):
@@ -88,18 +100,15 @@ class ExamIndex:
                 question_id, start = int(index.question_ids[i]), int(index.positions[i])
                 covered_characters.setdefault(question_id, set()).update(range(start, start + NGRAM_LENGTH[language]))
                 first_position.setdefault(question_id, position)
-            for question_id, characters in covered_characters.items():
-                fraction = len(characters) / self.covered_lengths[question_id]
-                if fraction >= overlap and fraction > best_leak[2]:
-                    best_leak = (
-                        question_id,
-                        letters[first_position[question_id] : first_position[question_id] + NGRAM_LENGTH[language]],
-                        fraction,
-                    )
+            for question_id, covered in covered_characters.items():
+                share = len(covered) / self.covered_lengths[question_id]
+                if share >= overlap and share > best_leak[2]:
+                    start = first_position[question_id]
+                    best_leak = (question_id, letters[start : start + NGRAM_LENGTH[language]], share)
         return best_leak
 
 
-def build_exam_index(paths: list[str]) -> ExamIndex:
+def build_exam_index(paths: Sequence[str]) -> ExamIndex:
     """Index the questions of these files and folders. Raises UserError if they contain no question."""
     files = find_exam_files(paths)
     exam = ExamIndex([Path(path).resolve().name for path in paths], files)
@@ -116,13 +125,12 @@ def build_exam_index(paths: list[str]) -> ExamIndex:
             language = detect_language(question)
             if len(start) < NGRAM_LENGTH[language] and count_chinese(question):
                 language = "zh"  # a short question that is mostly formulas
-            ngrams = ngram_hashes(
-                code_points(question_with_choices[: len(start) + NGRAM_LENGTH[language] - 1]), NGRAM_LENGTH[language]
-            )
+            n = NGRAM_LENGTH[language]
+            ngrams = ngram_hashes(code_points(question_with_choices[: len(start) + n - 1]), n)
             if not len(ngrams):
                 exam.too_short += 1
                 continue
-            num_inner = max(0, len(start) - NGRAM_LENGTH[language] + 1)
+            num_inner = max(0, len(start) - n + 1)
             ngrams_by_language[language].append(_QuestionNgrams(ngrams, num_inner, len(exam.questions)))
             exam.questions.append((where, question))
             exam.covered_lengths.append(0)
@@ -175,18 +183,16 @@ def _build_ngram_index(exam: ExamIndex, language: str, lists: list[_QuestionNgra
     return NgramIndex(all_hashes[order], np.concatenate(question_ids)[order], np.concatenate(positions)[order], bloom)
 
 
-def find_exam_files(paths: list[str]) -> list[str]:
+def find_exam_files(paths: Sequence[str]) -> list[str]:
     """Files as given, folders expanded recursively. Raises UserError for a path without exam files."""
     found: list[str] = []
     for path in paths:
         location = Path(path)
         if not location.exists():
             raise UserError(f"--against {path}: no such file or folder")
-        members = (
-            sorted(p for p in location.rglob("*") if p.is_file() and _is_exam_file(p))
-            if location.is_dir()
-            else [location]
-        )
+        members = [location]
+        if location.is_dir():
+            members = sorted(p for p in location.rglob("*") if p.is_file() and _is_exam_file(p))
         if not members:
             raise UserError(f"--against {path}: no {', '.join(EXAM_SUFFIXES)} file in it")
         found += [str(file) for file in members]
@@ -214,14 +220,13 @@ def question_and_choices(row: Any) -> tuple[str, str]:
     return row[key], "".join(f"\n{name}. {text}" for name, text in zip("ABCDEF", texts, strict=False))
 
 
-@dataclass
-class DecontaminationTransform:
+class DecontaminationTransform(Transform):
     """Drops rows that contain at least the fraction `overlap` of an exam question."""
 
-    exam: ExamIndex
-    overlap: float = 0.5
-    reader: RowReader = DEFAULT_READER
-    name: str = "decontaminate"
+    name = "decontaminate"
+
+    def __init__(self, exam: ExamIndex, overlap: float = 0.5, reader: RowReader = DEFAULT_READER) -> None:
+        self.exam, self.overlap, self.reader = exam, overlap, reader
 
     def rule_names(self) -> list[str]:
         return ["exam question"]
@@ -230,20 +235,11 @@ class DecontaminationTransform:
         return {"against": input_fingerprints(list(self.exam.files)), "ngram": NGRAM_LENGTH, "overlap": self.overlap}
 
     def provenance(self) -> dict[str, Any]:
+        ngram = f"{NGRAM_LENGTH['zh']}-grams of characters, {NGRAM_LENGTH['en']} in English"
         fields = {"against": self.exam.names, "questions": len(self.exam.questions)}
-        return {
-            **fields,
-            "ngram": f"{NGRAM_LENGTH['zh']}-grams of characters, {NGRAM_LENGTH['en']} in English",
-            "overlap": self.overlap,
-        }
+        return {**fields, "ngram": ngram, "overlap": self.overlap}
 
-    def skip_row(self, row: NumberedRow) -> None:
-        pass
-
-    def apply(self, rows: list[NumberedRow]) -> list[Decision]:
-        return [self._apply_to_row(row) for row in rows]
-
-    def _apply_to_row(self, row: NumberedRow) -> Decision:
+    def apply_to_row(self, row: NumberedRow) -> Decision:
         language, characters = detect_language(row.text), len(row.text)
         question_id, shared_ngram, fraction = self.exam.find_leak(row.text, self.overlap)
         if question_id < 0:

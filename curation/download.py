@@ -18,7 +18,6 @@ import errno
 import hashlib
 import http.client
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -31,28 +30,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.cli import Config, flag
 from common.errors import UserError
 from common.files import atomic_write, replace_file, report_write_errors, write_json
+from common.flag_types import non_empty_text, path_string, relative_path
 from common.locks import lock_output
-from curation.catalogue import CATALOGUE, DatasetEntry
+from curation.catalogue import CATALOGUE, DatasetEntry, format_size
 
-MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}
 DOWNLOAD_CHUNK_BYTES = 1 << 20
 MAX_FAILED_ATTEMPTS = 6  # consecutive requests that return no byte
 DOWNLOAD_TIMEOUT = 60.0  # seconds without data from the server
 RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)  # temporary errors
-
-DISK_ERRORS = (
-    errno.ENOSPC,
-    getattr(errno, "EDQUOT", errno.ENOSPC),
-    errno.EACCES,
-    errno.EROFS,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)
+QUOTA_EXCEEDED = getattr(errno, "EDQUOT", errno.ENOSPC)
+DISK_ERRORS = (errno.ENOSPC, QUOTA_EXCEEDED, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EISDIR)
+DISK_ADVICE = "free some space or choose another --out_dir"
 
 ProgressCallback = Callable[[int, int], None]  # (bytes received, total bytes; 0: unknown)
+
+
+@dataclass(frozen=True)
+class DownloadConfig(Config):
+    """download a public dataset to dataset/raw/NAME; without NAME: list the datasets"""
+
+    name: str = flag("", "name of a dataset", positional=True, nargs="?", type=non_empty_text, metavar="NAME")
+    file: tuple[str, ...] = flag(
+        (), "further file of the same repository; may be repeated", action="append", type=relative_path
+    )
+    mirror: str = flag("", "hub, hf-mirror, modelscope or a URL (default: try each in this order)")
+    out_dir: str = flag("dataset/raw", "folder to write", type=path_string)
 
 
 @dataclass
@@ -135,20 +140,18 @@ def _request_bytes(
             return RemoteVersion(), False
         raise
     with response:
-        found = RemoteVersion(
-            _total_bytes(response, received), (redirects.etag or response.headers.get("ETag", "")).strip('W/"')
-        )
-        is_resumable = (
-            response.status == 206 and _range_start(response) == received and (not version.size or found == version)
-        )
-        if received and response.status == 206 and not is_resumable:
+        start, size = _content_range(response)
+        found = RemoteVersion(size, (redirects.etag or response.headers.get("ETag", "")).strip('W/"'))
+        is_partial = response.status == 206
+        is_resumable = is_partial and start == received and (not version.size or found == version)
+        if received and is_partial and not is_resumable:
             part.unlink()
             return RemoteVersion(), False  # the file on the server has changed: restart
         if not is_resumable:
             part.unlink(missing_ok=True)  # first: after a kill, the version file must not describe older bytes
+            received = 0
         write_json(version_file, asdict(found))
-        with part.open("ab" if is_resumable else "wb") as file:
-            received = received if is_resumable else 0
+        with part.open("ab") as file:
             while chunk := response.read(DOWNLOAD_CHUNK_BYTES):
                 file.write(chunk)
                 received += len(chunk)
@@ -156,37 +159,28 @@ def _request_bytes(
     return found, received == found.size if found.size else True
 
 
-def _total_bytes(response: Any, received: int) -> int:
-    """Size of the whole file by the response headers; 0 if they do not state it."""
-    content_range = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
-    if content_range:
-        return int(content_range[1])
+def _content_range(response: Any) -> tuple[int, int]:
+    """(first byte, size of the whole file) by the response headers; -1 and 0 if they do not state it."""
+    if found := re.fullmatch(r"bytes (\d+)-.*?(?:/(\d+))?", response.headers.get("Content-Range", "")):
+        return int(found[1]), int(found[2] or 0)
     length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else 0
-
-
-def _range_start(response: Any) -> int:
-    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(start[1]) if start else -1
+    return -1, int(length) if length.isdigit() else 0
 
 
 def _failure_reason(error: Exception, url: str, target: Path) -> str:
     """The error as text, if a retry may help. Raises UserError if it cannot."""
     if isinstance(error, urllib.error.HTTPError):
         if error.code in (401, 403):
+            advice = f"download the file with a browser and put it at {target}"
             raise UserError(
-                f"{url}: the server requires you to accept terms or to log in ({error.code}): download the file with "
-                f"a browser and put it at {target}"
+                f"{url}: the server requires you to accept terms or to log in ({error.code}): {advice}"
             ) from None
         if error.code not in RETRY_STATUS_CODES:
-            raise UserError(
-                f"{url}: {error.code} {error.reason}: see the dataset's page, or use another --mirror"
-            ) from None
+            advice = "see the dataset's page, or use another --mirror"
+            raise UserError(f"{url}: {error.code} {error.reason}: {advice}") from None
         return f"{error.code} {error.reason}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}: free some space or choose another --out_dir"
-        ) from None
+        raise UserError(f"cannot write {target}: {error.strerror}: {DISK_ADVICE}") from None
     return str(getattr(error, "reason", "") or error or type(error).__name__)
 
 
@@ -238,62 +232,43 @@ def _extract_member(archive: Path, name: str, content: Any) -> Path:
     if escapes_folder(name):
         raise UserError(f"{archive} contains a path outside its folder ({name}): no further file is unpacked")
     target = archive.parent.joinpath(*PurePosixPath(name).parts)
-    with atomic_write(target, "free some space or choose another --out_dir") as file:
+    with atomic_write(target, DISK_ADVICE) as file:
         shutil.copyfileobj(content, file, DOWNLOAD_CHUNK_BYTES)
     return target
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def print_catalogue() -> None:
-    from rich.console import Console
-    from rich.table import Table
+def download_dataset(config: DownloadConfig) -> None:
+    """Download a dataset of the catalogue, or the --file of its repository, and unpack it.
 
-    table = Table("name", "description", "size", "licence", "next command")
-    for entry in CATALOGUE.values():
-        table.add_row(entry.name, entry.description, format_size(entry.size), entry.licence, entry.command)
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
-    print("python data_process.py download NAME downloads one; read its licence first: none is part of this project")
-
-
-def download_dataset(name: str, files: list[str], mirror: str, out_dir: str) -> list[Path]:
-    """Download a dataset of the catalogue (`files` of its repository; empty: the catalogue's files) and unpack it.
-
-    Returns the downloaded or unpacked files. Raises UserError for an unknown name, file or mirror, or too little space.
+    Raises UserError for an unknown name, file or mirror, or too little space.
     """
-    if name not in CATALOGUE:
-        raise UserError(f"{name}: no such dataset; choose from {', '.join(CATALOGUE)}")
-    entry, folder = CATALOGUE[name], Path(out_dir) / name
-    for file in files:
-        if escapes_folder(file):
-            raise UserError(f"--file {file}: expected a path in the repository, for example {entry.files[0]}")
+    if config.name not in CATALOGUE:
+        raise UserError(f"{config.name}: no such dataset; choose from {', '.join(CATALOGUE)}")
+    entry, folder = CATALOGUE[config.name], Path(config.out_dir) / config.name
+    files = config.file or entry.files
+    paths = [folder / PurePosixPath(file).name for file in files]
     with lock_output(folder):
-        return _download_entry(entry, files, mirror, folder)
-
-
-def _download_entry(entry: DatasetEntry, files: list[str], mirror: str, folder: Path) -> list[Path]:
-    paths = [folder / PurePosixPath(file).name for file in files or entry.files]
-    if not files and not all(path.is_file() for path in paths):
-        require_space(folder, entry.size)
-    found: list[Path] = []
-    for file, path in zip(files or entry.files, paths, strict=True):
-        if path.is_file():
-            print(f"{path} exists already")
-        else:
-            with download_progress_bar(path.name) as progress:
-                _download_from_mirrors(entry, file, path, mirror, progress)
-        found += unpack_archive(path)
+        if not config.file and not all(path.is_file() for path in paths):
+            require_space(folder, entry.size)
+        found: list[Path] = []
+        for file, path in zip(files, paths, strict=True):
+            if path.is_file():
+                print(f"{path} exists already")
+            else:
+                with download_progress_bar(path.name) as progress:
+                    _download_from_mirrors(entry, file, path, config.mirror, progress)
+            found += unpack_archive(path)
     print(f"licence: {entry.licence}")
     shown_path = str(found[0]) if len(found) == 1 else str(folder)
     print(f"written: {shown_path}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
     print(f"next: {entry.command.replace('FILE', shown_path)}")
-    return found
 
 
 def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: str, progress: ProgressCallback) -> None:
     """Download from `mirror`, or from the first mirror that works."""
     errors = []
-    for address in candidate_mirrors(entry, mirror):
+    for address in entry.mirrors(mirror):
         url = entry.url(file, address)
         print(f"from {url}")
         try:
@@ -304,20 +279,6 @@ def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: s
     raise errors[0] if len(errors) == 1 else UserError("; ".join(map(str, errors)))
 
 
-def candidate_mirrors(entry: DatasetEntry, mirror: str) -> list[str]:
-    """Base URLs to try, in order. HF_ENDPOINT replaces the hub's URL, as in huggingface_hub. Raises UserError."""
-    available = [name for name in MIRRORS if (entry.modelscope if name == "modelscope" else entry.repository)]
-    if not mirror:
-        return [
-            os.environ.get("HF_ENDPOINT") or MIRRORS[name] if name == "hub" else MIRRORS[name] for name in available
-        ]
-    if mirror in MIRRORS and mirror not in available:
-        raise UserError(f"{entry.name} is not available at {mirror}: choose {' or '.join(available)}")
-    if mirror not in MIRRORS and not mirror.startswith(("http://", "https://")):
-        raise UserError(f"--mirror {mirror}: choose {', '.join(MIRRORS)} or a URL that begins with https://")
-    return [MIRRORS.get(mirror, mirror)]
-
-
 def require_space(folder: Path, size: int) -> None:
     """Raises UserError if the disk has fewer than `size` free bytes."""
     path = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
@@ -326,12 +287,6 @@ def require_space(folder: Path, size: int) -> None:
         raise UserError(
             f"{format_size(size)} do not fit on the disk of {path} ({format_size(free)} free): use --out_dir"
         )
-
-
-def format_size(size: int) -> str:
-    if not size:
-        return "see its page"
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Drop rules of `data_process.py clean`: functions (DocumentView, CleaningLimits) -> reason, or "" to keep.
+"""Drop rules of `data_process.py clean`: functions DocumentView -> reason, or "" to keep.
 
 The statistics follow Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1), C4 (Raffel et al. 2020,
 arXiv 1910.10683, section 2.2) and ChineseWebText (Chen et al. 2023, arXiv 2311.01149; thresholds from its
@@ -6,7 +6,7 @@ preprocess.py). Gopher counts words. Chinese has no spaces, so 1.5 Chinese chara
 rules about English words skip Chinese documents. Rules about words and letters are checked again on the prose alone:
 see prose_rules.py.
 
-Read next: rules.py (the table and its sources), prose_rules.py (DocumentView), rule_words.py (the phrases).
+Read next: cleaning.py (the table of the rules), prose_rules.py (DocumentView), phrases.txt.
 """
 
 import functools
@@ -17,21 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import import_package
 from corpus.language import count_chinese, detect_language
 from curation.ngrams import code_points, ngram_hashes
-from curation.prose_rules import ZH_WORD_CHARACTERS, CleaningLimits, DocumentView, recheck_on_prose
-from curation.rule_words import ADVERT_PHRASES
+from curation.prose_rules import RULE_PHRASES, WORD_WITHOUT_LETTER, ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
 
 
-def too_short(document: DocumentView, limits: CleaningLimits) -> str:
+def too_short(document: DocumentView) -> str:
     count = document.word_count
-    if count < limits.min_words and detect_language(document.prose.text) == "zh":  # Chinese with formulas
+    if count < document.limits.min_words and detect_language(document.prose.text) == "zh":  # Chinese with formulas
         count = len(document.without_spaces) / ZH_WORD_CHARACTERS
-    return f"{count:.0f} words" if count < limits.min_words else ""
+    return f"{count:.0f} words" if count < document.limits.min_words else ""
 
 
-def too_long(document: DocumentView, limits: CleaningLimits) -> str:
+def too_long(document: DocumentView) -> str:
     count = document.word_count
     return f"{count:,.0f} words" if count > 100_000 else ""
 
@@ -39,7 +38,7 @@ def too_long(document: DocumentView, limits: CleaningLimits) -> str:
 _MOJIBAKE = re.compile("[\ufffd\xc3-\xef][\x80-\xbf\ufffd]|\ufffd|锟斤拷|烫烫烫|屯屯屯")
 
 
-def mojibake(document: DocumentView, limits: CleaningLimits) -> str:
+def mojibake(document: DocumentView) -> str:
     """More than one wrongly decoded sequence in 200 characters, after the edit rule `repair`."""
     if document.text.isascii():
         return ""
@@ -55,12 +54,12 @@ _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af\u1100-\u11ff]")  # kan
 _CODE_IDENTIFIER = re.compile(r"(?<!\S)(?=[!-~]*[^\sA-Za-z.,:!?'\"-])[!-~]+(?!\S)")  # f(x), a_b, x2: ASCII, not a word
 
 
-def language(document: DocumentView, limits: CleaningLimits) -> str:
+def language(document: DocumentView) -> str:
     """Detects the language of the beginning and the middle of the document.
 
     Chinese characters without kana or Hangul are Chinese; a text with three English stop words is English. The slow
     detector classifies only the other texts. It takes LaTeX for Polish and code for German: if it finds a language
-    outside the limits, it runs again on the distinct words of the prose.
+    outside --languages, it runs again on the distinct words of the prose.
     """
     sample = _sample_text(document.text)
     if document.language == "zh" and not _KANA_OR_HANGUL.search(sample):
@@ -69,10 +68,10 @@ def language(document: DocumentView, limits: CleaningLimits) -> str:
         name = "en"  # texts in other languages do not have three of them
     else:
         name = _detect_language(sample)
-        if name and name not in limits.languages:
+        if name and name not in document.limits.languages:
             words = _CODE_IDENTIFIER.sub(" ", document.prose.text).split()
             name = _detect_language(_sample_text(" ".join(dict.fromkeys(words))))
-    return f"looks like {name}" if name and name not in limits.languages else ""
+    return f"looks like {name}" if name and name not in document.limits.languages else ""
 
 
 def _detect_language(sample: str) -> str:
@@ -90,57 +89,36 @@ def _sample_text(text: str) -> str:
 
 
 # Candidates of the detector: languages that share a script with Chinese or English, and the most frequent on the web.
-_CANDIDATE_LANGUAGES = [
-    "CHINESE",
-    "ENGLISH",
-    "JAPANESE",
-    "KOREAN",
-    "FRENCH",
-    "GERMAN",
-    "SPANISH",
-    "PORTUGUESE",
-    "ITALIAN",
-    "DUTCH",
-    "POLISH",
-    "TURKISH",
-    "VIETNAMESE",
-    "INDONESIAN",
-    "RUSSIAN",
-    "ARABIC",
-    "THAI",
-    "HINDI",
-]
+_CANDIDATE_LANGUAGES = (
+    "CHINESE", "ENGLISH", "JAPANESE", "KOREAN", "FRENCH", "GERMAN", "SPANISH", "PORTUGUESE", "ITALIAN", "DUTCH",
+    "POLISH", "TURKISH", "VIETNAMESE", "INDONESIAN", "RUSSIAN", "ARABIC", "THAI", "HINDI",
+)  # fmt: skip
 
 
 @functools.cache
 def _language_detector() -> Any:
-    try:
-        import lingua
-    except ImportError:
-        raise UserError(
-            "the rule `language` needs one more package (it contains its models and downloads nothing): "
-            'pip install "lingua-language-detector>=2,<3", or --skip language'
-        ) from None
+    lingua = import_package(
+        "lingua",
+        "the rule `language` needs one more package (it contains its models and downloads nothing): "
+        'pip install "lingua-language-detector>=2,<3", or --skip language',
+    )
     candidates = [getattr(lingua.Language, name) for name in _CANDIDATE_LANGUAGES]
     return lingua.LanguageDetectorBuilder.from_languages(*candidates).with_low_accuracy_mode().build()
 
 
-_NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")  # a word without a letter
-
-
 @recheck_on_prose
-def few_letters(document: DocumentView, limits: CleaningLimits) -> str:
+def few_letters(document: DocumentView) -> str:
     """English: fewer than 80 % of the words have a letter (Gopher). Chinese: fewer than 30 % Chinese characters
     (ChineseWebText)."""
     if document.language == "zh":
         fraction = count_chinese(document.without_spaces) / max(len(document.without_spaces), 1)
         return f"{fraction:.0%} of the characters are Chinese" if fraction < 0.3 else ""
-    fraction = 1 - len(_NO_LETTER.findall(document.text)) / max(len(document.words), 1)
+    fraction = 1 - len(WORD_WITHOUT_LETTER.findall(document.text)) / max(len(document.words), 1)
     return f"{fraction:.0%} of the words have a letter" if fraction < 0.8 else ""
 
 
 @recheck_on_prose
-def word_length(document: DocumentView, limits: CleaningLimits) -> str:
+def word_length(document: DocumentView) -> str:
     """The mean length of English words is below 3 or above 10 characters (Gopher)."""
     if document.language == "zh":
         return ""
@@ -149,7 +127,7 @@ def word_length(document: DocumentView, limits: CleaningLimits) -> str:
 
 
 @recheck_on_prose
-def symbols(document: DocumentView, limits: CleaningLimits) -> str:
+def symbols(document: DocumentView) -> str:
     """More than one hash sign or ellipsis per ten words (Gopher)."""
     words = document.word_count
     hashes, ellipses = document.text.count("#"), document.text.count("...") + document.text.count("…")
@@ -159,7 +137,7 @@ def symbols(document: DocumentView, limits: CleaningLimits) -> str:
 _BULLETS = ("•", "‣", "▪", "●", "■", "◆", "★", "·", "*", "-", "–", "—")
 
 
-def list_of_lines(document: DocumentView, limits: CleaningLimits) -> str:
+def list_of_lines(document: DocumentView) -> str:
     """More than 90 % of the lines begin with a bullet or more than 30 % end with an ellipsis (Gopher)."""
     lines = max(len(document.lines), 1)
     bullets = sum(line.lstrip().startswith(_BULLETS) for line in document.lines) / lines
@@ -168,7 +146,7 @@ def list_of_lines(document: DocumentView, limits: CleaningLimits) -> str:
 
 
 @recheck_on_prose
-def stop_words(document: DocumentView, limits: CleaningLimits) -> str:
+def stop_words(document: DocumentView) -> str:
     """English text with fewer than two of: the, be, to, of, and, that, have, with (Gopher)."""
     if document.language == "zh":
         return ""
@@ -183,7 +161,7 @@ _PARAGRAPHS, _NEWLINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
 _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
-def repeated_lines(document: DocumentView, limits: CleaningLimits) -> str:
+def repeated_lines(document: DocumentView) -> str:
     """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
     for name, pieces in (
         ("paragraphs", _PARAGRAPHS.split(document.text.strip())),
@@ -200,7 +178,7 @@ def repeated_lines(document: DocumentView, limits: CleaningLimits) -> str:
 
 
 @recheck_on_prose
-def repeated_ngrams(document: DocumentView, limits: CleaningLimits) -> str:
+def repeated_ngrams(document: DocumentView) -> str:
     """English: word n-grams above the thresholds of Gopher, table A1. Chinese: more than half of the 13-character
     n-grams occur more than once (ChineseWebText)."""
     if document.language == "zh":
@@ -260,29 +238,29 @@ def _repeated_characters(words: list[str], n: int) -> int:
 
 
 # ---- unwanted kinds of documents -------------------------------------------------------------------------------------
-def placeholder(document: DocumentView, limits: CleaningLimits) -> str:
+def placeholder(document: DocumentView) -> str:
     """Contains "lorem ipsum" (C4)."""
     return "lorem ipsum" if "lorem ipsum" in document.lowercase else ""
 
 
-def unfinished(document: DocumentView, limits: CleaningLimits) -> str:
+def unfinished(document: DocumentView) -> str:
     """Fewer than three lines end with a sentence mark (C4)."""
     count = sum(line.rstrip().endswith(tuple('.!?"。！？”…')) for line in document.lines)
     return f"{count} finished lines" if count < 3 else ""
 
 
-def short_lines(document: DocumentView, limits: CleaningLimits) -> str:
+def short_lines(document: DocumentView) -> str:
     """Fewer than 10 characters per line on average (ChineseWebText)."""
     mean = len(document.text) / max(len(document.lines), 1)
     return f"{mean:.1f} characters per line" if mean < 10 else ""
 
 
-def adverts(document: DocumentView, limits: CleaningLimits) -> str:
-    return matched_phrases(document, ADVERT_PHRASES)
+def adverts(document: DocumentView) -> str:
+    return matched_phrases(document, RULE_PHRASES["advert"])
 
 
-def unsafe(document: DocumentView, limits: CleaningLimits) -> str:
-    return matched_phrases(document, limits.unsafe)
+def unsafe(document: DocumentView) -> str:
+    return matched_phrases(document, document.limits.unsafe)
 
 
 def matched_phrases(document: DocumentView, phrases: Iterable[str]) -> str:

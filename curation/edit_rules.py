@@ -1,4 +1,4 @@
-"""Edit rules of `data_process.py clean`: functions str -> str, listed in rules.py.
+"""Edit rules of `data_process.py clean`: functions str -> str, listed in cleaning.py.
 
     repair      ä½ å¥½      -> 你好              text decoded with the wrong code page
     characters  "ＡＢＣ\\x00" -> "ABC"             control characters, full-width forms, composed accents, line ends
@@ -9,7 +9,7 @@
 
 A rule without a match returns its argument. The patterns have bounded repeats, so no input makes them slow.
 
-Read next: rules.py (the table), drop_rules.py (the rules that drop documents).
+Read next: cleaning.py (the table), drop_rules.py (the rules that drop documents).
 """
 
 import functools
@@ -18,9 +18,9 @@ import re
 import unicodedata
 from typing import Any
 
-from common.errors import UserError
+from common.errors import import_package
 from corpus.language import count_chinese
-from curation.rule_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICE_PATTERNS
+from curation.prose_rules import RULE_PHRASES
 
 # UTF-8 read as Latin-1 or cp1252: an accented letter, then a continuation byte.
 _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
@@ -28,18 +28,11 @@ _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u0
 
 def repair(text: str) -> str:
     """Undo a wrong decoding with ftfy (github.com/rspeer/python-ftfy). ftfy runs only if the pattern above matches."""
-    return _import_ftfy().fix_encoding(text) if _WRONGLY_DECODED.search(text) else text
-
-
-@functools.cache
-def _import_ftfy() -> Any:
-    try:
-        import ftfy
-    except ImportError:
-        raise UserError(
-            'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
-        ) from None
-    return ftfy
+    if not _WRONGLY_DECODED.search(text):
+        return text
+    advice = 'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
+    fixed: str = import_package("ftfy", advice).fix_encoding(text)
+    return fixed
 
 
 _INVISIBLE = dict.fromkeys([*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0),
@@ -72,11 +65,8 @@ def simplify(text: str) -> str:
 
 @functools.cache
 def _opencc_converter() -> Any:
-    try:
-        import opencc
-    except ImportError:
-        raise UserError('the rule `simplify` needs one more package: pip install "opencc>=1.1.7,<2"') from None
-    return opencc.OpenCC("t2s")
+    advice = 'the rule `simplify` needs one more package: pip install "opencc>=1.1.7,<2"'
+    return import_package("opencc", advice).OpenCC("t2s")
 
 
 _TAG_NAMES = (
@@ -140,10 +130,23 @@ def _remove_hidden_elements(text: str) -> str:
 
 
 _MAX_LINE_ZH, _MAX_LINE_EN = 30, 90  # longest line, in characters, that can be boilerplate
-_NOTICE = re.compile("|".join(NOTICE_PATTERNS), re.I)
+# Patterns of short lines that are notices. They match anywhere in a document.
+_NOTICE_PATTERNS = (
+    r"版权所有(?![者人权])", r"未经授权.{0,8}(?:不得|禁止|严禁|请勿).{0,3}(?:转载|复制|摘编|镜像)", r"转载请注明",
+    r"责任编辑[:：\s]", r"责编[:：]", r"(?:本文|文章)来源[:：]", r"备案号[:：]", r"ICP备\s?\d", r"公网安备\s?\d",
+    r"违法和不良信息举报", r"^\W*(?:当前位置|您的位置|浏览次数)[:：]",
+    r"^\W*(?:©|\(c\)\s?\d{4}|copyright\s{0,2}(?:©|\(c\)|\d{4}))", r"all rights reserved\W*$",
+    r"^\W*(?:please )?(?:enable|turn on|activate) javascript", r"javascript is (?:disabled|not enabled)",
+    r"(?:site|page|application) requires javascript", r"^\W*(?:this|our) (?:web)?site uses cookies",
+    r"^\W*we use cookies (?:to|on)\b", r"(?:subscribe to|sign up for) our (?:\w+ )?newsletter",
+    r"^\W*skip to (?:main )?content\W*$",
+)  # fmt: skip
+_NOTICE = re.compile("|".join(_NOTICE_PATTERNS), re.I)
+_MENU_ZH, _MENU_EN = "|".join(RULE_PHRASES["menu zh"]), "|".join(RULE_PHRASES["menu en"])
+_BOILERPLATE_HINTS = (*RULE_PHRASES["menu zh"], *RULE_PHRASES["menu en"], *RULE_PHRASES["notice"])
 _NAVIGATION_LINE = re.compile(
-    rf"(?:请|您?需要)?(?:{'|'.join(MENU_ZH)})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{'|'.join(MENU_ZH)})"
-    rf"|(?:{'|'.join(MENU_EN)})\b[^.!?;]{{0,40}}",
+    rf"(?:请|您?需要)?(?:{_MENU_ZH})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{_MENU_ZH})"
+    rf"|(?:{_MENU_EN})\b[^.!?;]{{0,40}}",
     re.I,
 )
 _LINK_DECORATION = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
@@ -158,7 +161,7 @@ def boilerplate(text: str) -> str:
     if "\n" not in text:
         return text
     lowercase = text.lower()
-    if not any(hint in lowercase for hint in BOILERPLATE_HINTS):
+    if not any(hint in lowercase for hint in _BOILERPLATE_HINTS):
         return text
     lines = text.split("\n")
     kinds = [_line_kind(line) for line in lines]

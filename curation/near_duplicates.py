@@ -17,29 +17,30 @@ For several machines: cluster_dedup.py runs the same method with datatrove.
 Read next: ngrams.py (the hashes), transform.py (writing the output).
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import report_write_errors
+from common.cli import flag
+from common.errors import UserError, import_package
 from corpus.dataset_writer import dataset_staging_folder
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
-from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
 from curation.ngrams import alphanumeric, code_points, hash64, ngram_hashes
 from curation.rule_stats import EXAMPLES_PER_RULE, Decision, RuleHit, RuleStats
 from curation.transform import (
+    CurationConfig,
     NumberedRow,
+    Transform,
     batch_rows,
-    check_out_dir,
     map_in_order,
     read_numbered_rows,
     run_transform,
@@ -51,6 +52,24 @@ NUM_HASHES = NUM_BANDS * HASHES_PER_BAND
 MINHASH_SEED = 42
 SHINGLE_LENGTH = {"zh": 5, "en": 20}
 KEYS_PER_DOCUMENT = NUM_BANDS + 1  # uint64 values stored per document: one per band, and the hash of its text
+
+
+@dataclass(frozen=True)
+class DedupConfig(CurationConfig):
+    """drop duplicates and near-duplicates (MinHash, locality-sensitive hashing)"""
+
+    out_dir: str = "dataset/dedup"
+    exact_only: bool = flag(False, "drop only documents with equal text, ignoring white space")
+    executor: str = flag("here", "here: one machine, fast; others: datatrove, one task per file",
+                         choices=("here", "local", "slurm", "ray"))  # fmt: skip
+    partition: str = flag("", "slurm only: partition of the jobs")
+    time: str = flag("24:00:00", "slurm only: time limit of a job")
+
+    def check(self) -> None:
+        if self.executor != "here" and self.exact_only:
+            raise UserError("--exact_only cannot be combined with --executor: it takes minutes on one machine")
+        if self.executor == "slurm" and not self.partition:
+            raise UserError("--executor slurm needs --partition NAME: `sinfo` lists them")
 
 
 # ---- one document ----------------------------------------------------------------------------------------------------
@@ -70,13 +89,9 @@ def minhash_signatures(shingle_sets: list[np.ndarray]) -> np.ndarray:
 
 
 def _import_rensa() -> Any:
-    try:
-        import rensa
-    except ImportError:
-        raise UserError(
-            'near-duplicates need one more package: pip install "rensa>=0.5,<0.6", or --exact_only'
-        ) from None
-    return rensa
+    return import_package(
+        "rensa", 'near-duplicates need one more package: pip install "rensa>=0.5,<0.6", or --exact_only'
+    )
 
 
 def band_keys(signatures: np.ndarray) -> np.ndarray:
@@ -98,46 +113,29 @@ def row_text_hash(row: NumberedRow) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-@dataclass
-class MinHasher:
-    """Batch of rows -> keys, shape (documents, 15); with `exact_only` the band keys are zero. Runs in workers."""
-
-    exact_only: bool
-
-    def __call__(self, rows: list[NumberedRow]) -> np.ndarray:
-        keys = np.zeros((len(rows), KEYS_PER_DOCUMENT), np.uint64)
-        keys[:, NUM_BANDS] = [row_text_hash(row) for row in rows]
-        if not self.exact_only:
-            keys[:, :NUM_BANDS] = band_keys(minhash_signatures([shingle_hashes(row.text) for row in rows]))
-        return keys
+def document_keys(rows: list[NumberedRow], exact_only: bool) -> np.ndarray:
+    """Keys of the rows, shape (documents, 15): 14 band keys (0 with `exact_only`) and the hash of the text."""
+    keys = np.zeros((len(rows), KEYS_PER_DOCUMENT), np.uint64)
+    keys[:, NUM_BANDS] = [row_text_hash(row) for row in rows]
+    if not exact_only:
+        keys[:, :NUM_BANDS] = band_keys(minhash_signatures([shingle_hashes(row.text) for row in rows]))
+    return keys
 
 
 # ---- all documents ---------------------------------------------------------------------------------------------------
-def write_document_keys(
-    paths: list[PathLike],
-    out_dir: PathLike,
-    hasher: MinHasher,
-    on_batch: Callable[[], None],
-    workers: int,
-    report: DataStats,
-    reader: RowReader = DEFAULT_READER,
-) -> Path:
+def write_document_keys(config: DedupConfig, report: DataStats, on_batch: Callable[[], None]) -> Path:
     """Write the keys of every row to a file in the staging folder, resuming an earlier run. Returns its path."""
-    folder = dataset_staging_folder(out_dir)
+    files, reader, folder = list(config.files), config.reader, dataset_staging_folder(config.out_dir)
     path = folder / "documents.keys"
-    job = {
-        "inputs": input_fingerprints(paths),
-        "exact_only": hasher.exact_only,
-        "seed": MINHASH_SEED,
-        "shingle": SHINGLE_LENGTH,
-    }
-    job |= reader.key_settings()
+    job = {"inputs": input_fingerprints(files), "exact_only": config.exact_only, "seed": MINHASH_SEED}
+    job |= {"shingle": SHINGLE_LENGTH, **reader.key_settings()}
     progress = JobProgress(folder, job, SIGNING_FILE)
     done = progress.load().get("documents", 0)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if done else "wb") as file:
-        rows = (row for row in read_numbered_rows(paths, report, reader=reader) if row.number >= done)
-        for batch, keys in map_in_order(hasher, batch_rows(rows), workers):
+        rows = (row for row in read_numbered_rows(files, report, reader=reader) if row.number >= done)
+        hash_rows = functools.partial(document_keys, exact_only=config.exact_only)
+        for batch, keys in map_in_order(hash_rows, batch_rows(rows), config.workers):
             file.write(keys.tobytes())
             done += len(batch)
             report.kept = done
@@ -196,30 +194,26 @@ def _find_root(first: np.ndarray, i: int) -> int:
 
 
 # ---- the transform ---------------------------------------------------------------------------------------------------
-class Clusters(NamedTuple):
-    representatives: np.ndarray  # (documents,): number of the first document in the document's cluster
-    hashes: Any  # hashes[i]: hash of the text of document i
+class KeepFirstOfCluster(Transform):
+    """Keeps the first row of each cluster and drops the others.
 
+    representatives: number of the first document in the cluster of each document, shape (documents,).
+    hashes: hashes[i] is the hash of the text of document i.
+    """
 
-@dataclass
-class KeepFirstOfCluster:
-    """Keeps the first row of each cluster and drops the others."""
+    name = "dedup"
 
-    clusters: Clusters
-    exact_only: bool
-    reader: RowReader = DEFAULT_READER
-    name: str = "dedup"
-    locations: dict[int, str] = field(default_factory=dict)  # first document of a cluster with duplicates -> file:line
-    example_texts: dict[int, str] = field(default_factory=dict)  # the same -> beginning of its text, for examples
-
-    def __post_init__(self) -> None:
-        first = self.clusters.representatives
-        numbers = np.flatnonzero(first != np.arange(len(first)))
-        self.has_duplicates = np.zeros(len(first), bool)
-        self.has_duplicates[first[numbers]] = True
-        sample_keys = hash64(numbers.astype(np.uint64)) >> np.uint64(33)
-        lowest = numbers[np.argsort(sample_keys, kind="stable")[: 4 * EXAMPLES_PER_RULE]].tolist()
-        self.example_rows = {*lowest, *first[lowest].tolist()}
+    def __init__(
+        self, representatives: np.ndarray, hashes: Any, exact_only: bool = False, reader: RowReader = DEFAULT_READER
+    ) -> None:
+        self.representatives, self.hashes, self.exact_only, self.reader = representatives, hashes, exact_only, reader
+        self.locations: dict[int, str] = {}  # first document of a cluster with duplicates -> file:line
+        self.example_texts: dict[int, str] = {}  # the same -> beginning of its text, for examples
+        numbers = np.flatnonzero(representatives != np.arange(len(representatives)))
+        self.has_duplicates = np.zeros(len(representatives), bool)
+        self.has_duplicates[representatives[numbers]] = True
+        lowest = numbers[np.argsort(_sample_keys(numbers), kind="stable")[: 4 * EXAMPLES_PER_RULE]].tolist()
+        self.example_rows = {*lowest, *representatives[lowest].tolist()}
 
     def rule_names(self) -> list[str]:
         return ["exact duplicate"] if self.exact_only else ["exact duplicate", "near-duplicate"]
@@ -227,57 +221,40 @@ class KeepFirstOfCluster:
     def fingerprint_fields(self) -> dict[str, Any]:
         return {"exact_only": self.exact_only, "shingle": SHINGLE_LENGTH, "bands": [NUM_BANDS, HASHES_PER_BAND]}
 
-    def provenance(self) -> dict[str, Any]:
-        return self.fingerprint_fields()
-
     def skip_row(self, row: NumberedRow) -> None:
         if self.has_duplicates[row.number]:
             self.locations[row.number] = f"{row.file}:{row.line}"
             if row.number in self.example_rows:
                 self.example_texts[row.number] = row.text[:150]
 
-    def apply(self, rows: list[NumberedRow]) -> list[Decision]:
-        return [self._apply_to_row(row) for row in rows]
-
-    def _apply_to_row(self, row: NumberedRow) -> Decision:
+    def apply_to_row(self, row: NumberedRow) -> Decision:
         self.skip_row(row)
-        i, first = row.number, int(self.clusters.representatives[row.number])
-        language = detect_language(row.text)
+        i, first = row.number, int(self.representatives[row.number])
+        language, characters = detect_language(row.text), len(row.text)
         if first == i:
-            return Decision(to_json_line(row.raw), language, len(row.text))
-        rule = "exact duplicate" if self.clusters.hashes[i] == self.clusters.hashes[first] else "near-duplicate"
+            return Decision(to_json_line(row.raw), language, characters)
+        rule = "exact duplicate" if self.hashes[i] == self.hashes[first] else "near-duplicate"
         location = self.locations.get(first, f"document {first + 1:,} of all files")  # if another task read its file
-        example = (
-            f"kept: {self.example_texts.get(first, location)}\nthis: {row.text[:150]}" if i in self.example_rows else ""
-        )
-        return Decision(
-            None, language, len(row.text), [RuleHit(rule, len(row.text), f"of {location}", example, _sample_key(i))]
-        )
+        example = ""
+        if i in self.example_rows:
+            example = f"kept: {self.example_texts.get(first, location)}\nthis: {row.text[:150]}"
+        sample_key = int(_sample_keys(np.array([i]))[0])
+        return Decision(None, language, characters, [RuleHit(rule, characters, f"of {location}", example, sample_key)])
 
 
-def _sample_key(number: int) -> int:
-    return int(hash64(np.array([number], np.uint64))[0] >> np.uint64(33))
+def _sample_keys(numbers: np.ndarray) -> np.ndarray:
+    """Hashes of document numbers: the duplicates with the lowest ones are the examples of the report."""
+    return hash64(numbers.astype(np.uint64)) >> np.uint64(33)
 
 
-def deduplicate(
-    paths: list[PathLike],
-    out_dir: PathLike,
-    report: DataStats,
-    on_batch: Callable[[], None],
-    workers: int = 1,
-    exact_only: bool = False,
-    reader: RowReader = DEFAULT_READER,
-) -> RuleStats:
-    """Write the rows without duplicates to `out_dir` and return the counts. Raises UserError as `run_transform`."""
-    check_out_dir(out_dir, paths)
-    if not exact_only:
+def deduplicate(config: DedupConfig, report: DataStats, on_batch: Callable[[], None]) -> RuleStats:
+    """Write the rows without duplicates to --out_dir and return the counts. Raises UserError as `run_transform`."""
+    if not config.exact_only:
         _import_rensa()
-    with report_write_errors(out_dir):
-        hashing_report = DataStats(report.max_bad_fraction, report.accept_damaged)
-        report.bytes_read = lambda: hashing_report.bytes_read()
-        keys = write_document_keys(paths, out_dir, MinHasher(exact_only), on_batch, workers, hashing_report, reader)
-        first = cluster_representatives(keys, exact_only)
-        hashes = _read_key_column(keys, NUM_BANDS, len(first))
-    return run_transform(
-        KeepFirstOfCluster(Clusters(first, hashes), exact_only, reader), paths, out_dir, report, on_batch
-    )
+    hashing_report = config.new_stats()
+    report.bytes_read = lambda: hashing_report.bytes_read()  # the first pass replaces the function
+    keys = write_document_keys(config, hashing_report, on_batch)
+    first = cluster_representatives(keys, config.exact_only)
+    hashes = _read_key_column(keys, NUM_BANDS, len(first))
+    transform = KeepFirstOfCluster(first, hashes, config.exact_only, config.reader)
+    return run_transform(transform, replace(config, workers=1), report, on_batch)

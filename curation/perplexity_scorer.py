@@ -11,7 +11,6 @@ Read next: perplexity_filter.py (selection by the scores), ../trainer/loss.py.
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from common.device import autocast, pick_device, pick_dtype
 from common.locks import lock_output
 from corpus.chats import is_trained
 from corpus.examples import ChatExample
+from corpus.progress import reading_progress_bar
 from corpus.stats import DataStats
 from curation.perplexity_filter import PerplexityFlags, ScoreStore, scores_path
 from export.hf_import import open_folder, open_model
@@ -28,7 +28,6 @@ from model.checkpoint import model_fingerprint
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX, token_log_probs
 
-ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
 ExampleReader = Callable[[DataStats], Iterator[ChatExample]]
 SCORER_POOL_CHATS = 1024  # chats sorted by length together
 SCORER_BATCH_TOKENS = 8192  # tokens per batch, padding included
@@ -106,7 +105,7 @@ def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]
         yield batch
 
 
-def score_chats(config: PerplexityFlags, read_examples: ExampleReader, progress_bar: ProgressBar) -> ScoreStore:
+def score_chats(config: PerplexityFlags, read_examples: ExampleReader) -> ScoreStore:
     """Score every chat of the files that has no score yet, and return the scores of all. Prints a summary.
 
     Memory: SCORER_POOL_CHATS chats. Raises UserError if the model cannot be loaded or the files cannot be used.
@@ -114,7 +113,7 @@ def score_chats(config: PerplexityFlags, read_examples: ExampleReader, progress_
     scorer, files, report = Scorer(config.scorer or ""), list(config.files), config.new_stats()
     path = scores_path(config.out_dir, scorer.name)
     num_new = 0
-    with lock_output(path), progress_bar(files, report) as on_batch:
+    with lock_output(path), reading_progress_bar(files, report) as on_batch:
         scores = ScoreStore(path)
 
         def unscored_examples() -> Iterator[ChatExample]:

@@ -14,9 +14,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from corpus.language import detect_language
-from curation.rule_words import UNSAFE_PHRASES
+
+
+def _phrases_by_name() -> dict[str, tuple[str, ...]]:
+    lines = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8").split("\n")
+    phrases: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("["):
+            section = phrases.setdefault(line[1 : line.index("]")], [])
+        elif line and not line.startswith("#"):
+            section += map(str.strip, line.split("|"))
+    return {name: tuple(found) for name, found in phrases.items()}
+
+
+RULE_PHRASES = _phrases_by_name()  # of phrases.txt
 
 _FORMULA = "\0"  # placeholder for a formula until its line is processed
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
@@ -31,7 +45,7 @@ _OPERAND = r"[A-Za-z0-9\u0370-\u03ff.,'′()\[\]{}|^_\\%!°√∑∏∫∂∞²�
 _OPERATOR = r"[ \t]{0,2}[=<>≤≥≈≠≡∝→⇌⇒+−\-·×÷*/±][=<>+−\-*]{0,2}[ \t]{0,2}[+−\-±√]?"
 _EQUATION = re.compile(rf"{_OPERAND}(?:{_OPERATOR}{_OPERAND}){{1,40}}")
 _RELATION = re.compile(r"[=<>≤≥≈≠≡∝→⇌⇒^²³]")  # without one, "the river - wide" would be a formula
-_NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")
+WORD_WITHOUT_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")
 _NUMBERS = re.compile(r"[\s\d.,:;%+\-–−/()$€£¥|]*\d[\s,;|/]+[\s\d.,:;%+\-–−/()$€£¥|]*\d[\s\d.,:;%+\-–−/()$€£¥|]{0,9}")
 
 
@@ -51,7 +65,7 @@ def extract_prose(text: str) -> Prose:
         line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
         if _FORMULA in line:
             has_formulas = True
-            line = _NO_LETTER.sub(" ", line.replace(_FORMULA, " "))
+            line = WORD_WITHOUT_LETTER.sub(" ", line.replace(_FORMULA, " "))
         lines.append(line)
     return Prose("\n".join(lines), has_formulas)
 
@@ -66,14 +80,15 @@ class CleaningLimits:
 
     min_words: int = 10  # Gopher: 50, but poems and dictionary entries are good text and shorter
     languages: tuple[str, ...] = ("zh", "en")
-    unsafe: tuple[str, ...] = UNSAFE_PHRASES  # lowercase
+    unsafe: tuple[str, ...] = RULE_PHRASES["unsafe"]  # lowercase
 
 
 @dataclass
 class DocumentView:
-    """A document with cached statistics that several rules use."""
+    """A document with cached statistics that several rules use, and the limits of the rules."""
 
     text: str
+    limits: CleaningLimits = CleaningLimits()
 
     @cached_property
     def language(self) -> str:
@@ -106,7 +121,7 @@ class DocumentView:
         return len(self.without_spaces) / ZH_WORD_CHARACTERS if self.language == "zh" else len(self.words)
 
 
-DropFunction = Callable[[DocumentView, CleaningLimits], str]
+DropFunction = Callable[[DocumentView], str]
 MIN_PROSE_WORDS, MIN_WORDS_BESIDE_FORMULAS = 10, 30  # fewest words of prose for a statistic
 
 
@@ -118,12 +133,12 @@ def recheck_on_prose(drop_function: DropFunction) -> DropFunction:
     """
 
     @functools.wraps(drop_function)
-    def rechecked(document: DocumentView, limits: CleaningLimits) -> str:
-        if not (reason := drop_function(document, limits)):
+    def rechecked(document: DocumentView) -> str:
+        if not (reason := drop_function(document)):
             return ""
-        prose = DocumentView(document.prose.text)
+        prose = DocumentView(document.prose.text, document.limits)
         if document.prose.has_formulas and prose.word_count < MIN_WORDS_BESIDE_FORMULAS:
             return ""
-        return reason if prose.word_count < MIN_PROSE_WORDS else drop_function(prose, limits)
+        return reason if prose.word_count < MIN_PROSE_WORDS else drop_function(prose)
 
     return rechecked

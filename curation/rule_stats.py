@@ -9,12 +9,12 @@ Read next: transform.py (calls RuleStats.add), cleaning.py (creates the hits).
 """
 
 import bisect
-import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from corpus.stats_tables import print_table
 
 EXAMPLES_PER_RULE = 10
 
@@ -89,11 +89,10 @@ class RuleStats:
             del rule["examples"][EXAMPLES_PER_RULE:]
 
     def main_drop_reason(self) -> str:
-        drops = {name: rule["dropped"] for name, rule in self.rules.items() if rule["dropped"]}
-        if not drops:
-            return "the input has no row"
-        name = max(drops, key=lambda name: drops[name])
-        return f"{drops[name]:,} by {name}"
+        dropped, name = max(
+            ((rule["dropped"], name) for name, rule in self.rules.items()), default=(0, ""), key=lambda drop: drop[0]
+        )
+        return f"{dropped:,} by {name}" if dropped else "the input has no row"
 
     def to_dict(self) -> dict[str, Any]:
         names = ("read", "kept", "characters_read", "characters_dropped", "rules", "languages")
@@ -115,67 +114,34 @@ class RuleStats:
             own_rule = self.rules.setdefault(name, _no_counts())
             for count in ("rows", "dropped", "characters"):
                 own_rule[count] += rule[count]
-            own_rule["examples"] = sorted(own_rule["examples"] + rule["examples"], key=lambda entry: entry[0])[
-                :EXAMPLES_PER_RULE
-            ]
-
-    @classmethod
-    def from_report(cls, path: Path) -> "RuleStats":
-        """The counts of a report.json."""
-        rule_stats = cls()
-        rule_stats.merge(json.loads(path.read_text(encoding="utf-8")))
-        return rule_stats
+            examples = sorted(own_rule["examples"] + rule["examples"], key=lambda entry: entry[0])
+            own_rule["examples"] = examples[:EXAMPLES_PER_RULE]
 
     # ---- output ----
     def print(self) -> None:
         """Print the counts as a table and a summary line."""
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        console.print(self._rules_table())
-        languages = [
-            f"{language} {counts['rows']:,} rows" for language, counts in sorted(self.languages.items(), reverse=True)
-        ]
-        console.print(
-            f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%}): {', '.join(languages)}"
-        )
-
-    def _rules_table(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="counts per rule", title_justify="left")
-        for name in ("rule", "edited rows", "dropped rows", "fraction", "characters removed", "example"):
-            table.add_column(name, justify="left" if name in ("rule", "example") else "right", overflow="fold")
+        rows = []
         for name, rule in self.rules.items():
-            edited = rule["rows"] - rule["dropped"]
-            first_location = rule["examples"][0][1] if rule["examples"] else ""
-            cells = [f"{number:,}" if number else "" for number in (edited, rule["dropped"])]
+            counts = [f"{n:,}" if n else "" for n in (rule["rows"] - rule["dropped"], rule["dropped"])]
             fraction = f"{rule['rows'] / max(self.read, 1):.2%}"
-            table.add_row(name, *cells, fraction, f"{rule['characters']:,}", Text(first_location))
-        return table
-
-    def examples(self, rule: str) -> list[tuple[str, str, str]]:
-        """(file:line, detail, example) of a rule, at most ten."""
-        return [(location, detail, example) for _, location, detail, example in self.rules[rule]["examples"]]
+            location = rule["examples"][0][1] if rule["examples"] else ""
+            rows.append((name, *counts, fraction, f"{rule['characters']:,}", location))
+        headers = ("rule", "edited rows", "dropped rows", "fraction", "characters removed", "example")
+        print_table("counts per rule", headers, rows, left=(0, 5))
+        languages = [f"{name} {counts['rows']:,} rows" for name, counts in sorted(self.languages.items(), reverse=True)]
+        kept = f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%})"
+        print(f"{kept}: {', '.join(languages)}")
 
     def to_markdown(self, transform_name: str) -> str:
         """The content of report.md: the counts, then the examples of each rule."""
-        lines = [
-            f"# {transform_name}: {self.kept:,} of {self.read:,} rows kept",
-            "",
-            "| rule | edited | dropped | characters |",
-        ]
-        lines.append("|---|---|---|---|")
+        lines = [f"# {transform_name}: {self.kept:,} of {self.read:,} rows kept", ""]
+        lines += ["| rule | edited | dropped | characters |", "|---|---|---|---|"]
         for name, rule in self.rules.items():
-            lines.append(
-                f"| {name} | {rule['rows'] - rule['dropped']:,} | {rule['dropped']:,} | {rule['characters']:,} |"
-            )
-        for name in self.rules:
+            edited = rule["rows"] - rule["dropped"]
+            lines.append(f"| {name} | {edited:,} | {rule['dropped']:,} | {rule['characters']:,} |")
+        for name, rule in self.rules.items():
             lines += ["", f"## {name}", ""]
-            for location, detail, example in self.examples(name):
+            for _, location, detail, example in rule["examples"]:
                 lines.append(f"* `{location}`{' ' if detail else ''}{detail}")
                 lines += [f"      {line}" for line in example.split("\n")]
         return "\n".join(lines) + "\n"

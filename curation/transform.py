@@ -19,16 +19,19 @@ import itertools
 import json
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
+from common.cli import flag
 from common.errors import UserError
 from common.files import remove, report_write_errors, write_json, write_text
+from common.flag_types import int_between
+from corpus.data_flags import DataFlags
 from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset
-from corpus.job_state import PROGRESS_FILE, JobProgress, can_resume, input_fingerprints
+from corpus.job_state import PROGRESS_FILE, SIGNING_FILE, JobProgress, can_resume, input_fingerprints
 from corpus.provenance import read_provenance
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowContent, RowReader
@@ -38,17 +41,16 @@ from curation.rule_stats import Decision, RuleStats
 TRANSFORM_BATCH_ROWS, TRANSFORM_BATCH_CHARACTERS = 500, 500_000
 OUTPUT_FILE_BYTES = 512 << 20
 TRANSFORM_FILES = (
-    "text_*.jsonl",
-    "dropped.tsv",
-    "report.json",
-    "report.md",
-    PROGRESS_FILE,
-    "*.keys",
-    "*.json.tmp",  # left by a killed run of an earlier version
-    ".*.tmp",
-    ".*.gone",
-    "cluster",
+    *("text_*.jsonl", "dropped.tsv", "report.json", "report.md", PROGRESS_FILE, "*.keys", "cluster"),
+    *(".*.tmp", ".*.gone", "*.json.tmp"),  # left by killed runs, the last one by an earlier version
 )
+
+
+@dataclass(frozen=True)
+class CurationConfig(DataFlags):
+    """Flags that clean, dedup and decontaminate share."""
+
+    workers: int = flag(1, "processes; the result does not depend on it", type=int_between(1, 1024))
 
 
 @dataclass(frozen=True)
@@ -63,32 +65,34 @@ class NumberedRow:
     kind: str = "text"  # or "chat", "pair"
     turns: tuple[tuple[str, int], ...] = ()  # (role, end index in `text`) of each message of a chat or pair
 
-    def dropped_line(self, decision: Decision) -> bytes:
-        """The line of dropped.tsv: file:line, rule, reason, first 120 characters."""
-        cells = (f"{self.file}:{self.line}", decision.hits[-1].rule, decision.hits[-1].detail, self.text[:120])
-        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode("utf-8", "backslashreplace")
 
-
-class Transform(Protocol):
-    """Interface of a row transform. Must be picklable for `workers` > 1."""
+class Transform:
+    """Base class of the row transforms. Must be picklable for `workers` > 1."""
 
     name: str
-    reader: RowReader
+    reader: RowReader = DEFAULT_READER
 
     def rule_names(self) -> list[str]:
         """Names of the rules, in the order of the report."""
+        raise NotImplementedError
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Settings that determine the result; a run resumes only if they and the input files are unchanged."""
+        raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
         """Settings for the transform's entry in the history of report.json."""
+        return self.fingerprint_fields()
 
     def skip_row(self, row: NumberedRow) -> None:
         """Called for each row that an earlier, killed run has transformed."""
 
+    def apply_to_row(self, row: NumberedRow) -> Decision:
+        raise NotImplementedError
+
     def apply(self, rows: list[NumberedRow]) -> list[Decision]:
         """One decision per row, in order."""
+        return [self.apply_to_row(row) for row in rows]
 
 
 def read_numbered_rows(
@@ -155,22 +159,32 @@ def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+def write_rows(
+    rows: list[NumberedRow], decisions: list[Decision], rule_stats: RuleStats, kept: IO[bytes], dropped: IO[bytes]
+) -> None:
+    """Count the decisions and write each row to text_*.jsonl or dropped.tsv."""
+    for row, decision in zip(rows, decisions, strict=True):
+        rule_stats.add(row.file, row.line, decision)
+        if decision.kept is not None:
+            kept.write(decision.kept)
+        else:
+            cells = (f"{row.file}:{row.line}", decision.hits[-1].rule, decision.hits[-1].detail, row.text[:120])
+            line = "\t".join(" ".join(cell.split()) for cell in cells) + "\n"
+            dropped.write(line.encode("utf-8", "backslashreplace"))
+
+
 class _OutputFolder:
     """The staging folder: appends kept and dropped rows, resuming at the position in the progress file."""
 
     def __init__(self, folder: Path, job: dict[str, Any], rule_stats: RuleStats) -> None:
         self.folder, self.rule_stats, self.progress = folder, rule_stats, JobProgress(folder, job)
         saved = self.progress.load()
-        self.rows, self.files = (
-            saved.get("rows", 0),
-            saved.get("files", 0),
-        )  # rows transformed; files of kept rows that are full
+        self.rows, self.files = saved.get("rows", 0), saved.get("files", 0)  # transformed rows; full files of kept rows
         if saved:
             rule_stats.restore(saved["tally"])
         else:
-            for pattern in ("text_*.jsonl", "dropped.tsv"):
-                for path in folder.glob(pattern):
-                    path.unlink()
+            for path in [*folder.glob("text_*.jsonl"), *folder.glob("dropped.tsv")]:
+                path.unlink()
             folder.mkdir(parents=True, exist_ok=True)
         self.dropped = (folder / "dropped.tsv").open("ab")
         self.kept = self._open_kept("ab")
@@ -179,12 +193,7 @@ class _OutputFolder:
         return (self.folder / f"text_{self.files:03d}.jsonl").open(mode)
 
     def add(self, rows: list[NumberedRow], decisions: list[Decision]) -> None:
-        for row, decision in zip(rows, decisions, strict=True):
-            self.rule_stats.add(row.file, row.line, decision)
-            if decision.kept is not None:
-                self.kept.write(decision.kept)
-            else:
-                self.dropped.write(row.dropped_line(decision))
+        write_rows(rows, decisions, self.rule_stats, self.kept, self.dropped)
         self.rows += len(rows)
         if self.kept.tell() >= OUTPUT_FILE_BYTES:
             self.kept.close()
@@ -199,7 +208,7 @@ class _OutputFolder:
         self.dropped.close()
 
 
-def check_out_dir(out_dir: PathLike, paths: list[PathLike]) -> bool:
+def check_out_dir(out_dir: PathLike, paths: Iterable[PathLike]) -> bool:
     """True if `out_dir` has an older result. Raises UserError if it contains other files or one of the inputs."""
     for path in paths:
         if Path(path).resolve().parent == Path(out_dir).resolve():
@@ -209,47 +218,51 @@ def check_out_dir(out_dir: PathLike, paths: list[PathLike]) -> bool:
     return (Path(out_dir) / "report.json").is_file()
 
 
-def run_transform(
-    transform: Transform,
-    paths: list[PathLike],
-    out_dir: PathLike,
-    report: DataStats,
-    on_batch: Callable[[], None],
-    workers: int = 1,
-) -> RuleStats:
-    """Apply the transform to the rows of all files and write `out_dir` atomically; returns the counts.
+def has_progress(out_dir: PathLike) -> bool:
+    """Whether the staging folder of `out_dir` holds work from which the same command resumes."""
+    return any((dataset_staging_folder(out_dir) / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE))
 
-    Raises UserError for files or a disk that cannot be used, too many bad rows, or if no row is kept.
+
+@contextlib.contextmanager
+def staging_folder_kept_if_resumable(out_dir: PathLike) -> Iterator[None]:
+    """After an error, delete the staging folder unless the same command can resume from it.
+
+    Bad data leaves nothing behind. A damaged file is not bad data: with --accept_damaged, the command resumes. An
+    OSError, such as a full disk, becomes a UserError.
     """
-    check_out_dir(out_dir, paths)
-    folder = dataset_staging_folder(out_dir)
-    job = {
-        "step": transform.name,
-        "inputs": input_fingerprints(paths),
-        **transform.fingerprint_fields(),
-        **transform.reader.key_settings(),
-    }
+    try:
+        with report_write_errors(out_dir):
+            yield
+    except BaseException as error:
+        if (isinstance(error, UserError) and not can_resume(error)) or not has_progress(out_dir):
+            with contextlib.suppress(OSError):
+                remove(dataset_staging_folder(out_dir))
+        raise
+
+
+def run_transform(
+    transform: Transform, config: CurationConfig, report: DataStats, on_batch: Callable[[], None]
+) -> RuleStats:
+    """Apply the transform to the rows of all files and write --out_dir atomically; returns the counts.
+
+    Raises UserError for unusable files, too many bad rows, or if no row is kept.
+    """
+    files, folder = list(config.files), dataset_staging_folder(config.out_dir)
+    job = {"step": transform.name, "inputs": input_fingerprints(files)}
+    job |= {**transform.fingerprint_fields(), **transform.reader.key_settings()}
     rule_stats = RuleStats(transform.rule_names())
-    with report_write_errors(out_dir):
-        output = _OutputFolder(folder, job, rule_stats)
-        try:
-            rows = _skip_done_rows(read_numbered_rows(paths, report, reader=transform.reader), transform, output.rows)
-            for batch, decisions in map_in_order(transform.apply, batch_rows(rows), workers):
-                output.add(batch, decisions)
-                report.kept = rule_stats.kept
-                report.text_bytes += sum(len(row.text.encode()) for row in batch)
-                on_batch()
-            output.close()
-            write_reports(transform, paths, folder, rule_stats, report)
-        except UserError as error:
-            output.close()
-            if not can_resume(error):
-                with contextlib.suppress(OSError):
-                    remove(folder)
-            raise
-        finally:
-            output.close()
-        replace_dataset(folder, out_dir)
+    output = _OutputFolder(folder, job, rule_stats)
+    try:
+        rows = _skip_done_rows(read_numbered_rows(files, report, reader=transform.reader), transform, output.rows)
+        for batch, decisions in map_in_order(transform.apply, batch_rows(rows), config.workers):
+            output.add(batch, decisions)
+            report.kept = rule_stats.kept
+            report.text_bytes += sum(len(row.text.encode()) for row in batch)
+            on_batch()
+    finally:
+        output.close()
+    write_reports(transform, files, folder, rule_stats, report)
+    replace_dataset(folder, config.out_dir)
     return rule_stats
 
 
@@ -262,14 +275,15 @@ def _skip_done_rows(rows: Iterator[NumberedRow], transform: Transform, num_done:
 
 
 def write_reports(
-    transform: Transform, paths: list[PathLike], folder: Path, rule_stats: RuleStats, report: DataStats
+    transform: Transform, paths: Sequence[PathLike], folder: Path, rule_stats: RuleStats, report: DataStats
 ) -> None:
     """Write report.md and report.json and delete the progress files. Raises UserError if no row is kept."""
     if not rule_stats.kept:
         raise UserError(f"{transform.name} keeps none of the {rule_stats.read:,} rows: {rule_stats.main_drop_reason()}")
     entry = {"step": transform.name, **transform.provenance(), "read": rule_stats.read, "kept": rule_stats.kept}
-    content = {"history": [*read_provenance(paths), entry], **rule_stats.to_dict(), "bad": report.to_dict()["bad"]}
-    content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
+    rows = report.to_dict()
+    content = {"history": [*read_provenance(paths), entry], **rule_stats.to_dict(), "bad": rows["bad"]}
+    content |= {"skipped": rows["dropped"], "unused": rows.get("unused", {})}
     content |= {"notes": report.notes} if report.notes else {}
     write_text(folder / "report.md", rule_stats.to_markdown(transform.name))
     write_json(folder / "report.json", content)

@@ -14,17 +14,17 @@ The seed is the seed of the world. Equal arguments give byte-identical files.
 Read next: generator.py (the training data), ../eval_ceval.py (scores a model on the exam).
 """
 
-import argparse
 import csv
 import io
 import json
-import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import cli, flag_types
+from common.cli import Config, flag, parse
 from common.errors import fail_in_one_line
 from common.files import write_text
+from common.flag_types import path_string, seed
 from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.facts import Fact, Term
@@ -44,14 +44,23 @@ SUBJECTS = {  # subject: (English name, Chinese name, relations of facts.py)
 CATEGORIES = {"zh": "Chinese", "en": "English"}
 COUNTS = {"dev": 5, "val": 25, "test": 10}  # maximal number of questions per subject
 
-Row = tuple[str, ...]  # question, four options, letter of the correct option
+
+@dataclass(frozen=True)
+class DemoExamConfig(Config):
+    """The demo world that the exam asks about."""
+
+    out_dir: str = flag("out/demo/exam", "folder to write", type=path_string)
+    seed: int = flag(0, "seed of the demo world", type=seed)
 
 
-def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
+QuestionRow = tuple[str, ...]  # question, four options, letter of the correct option
+
+
+def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[QuestionRow]]:
     """{split: questions} of one subject; each fact occurs in at most one split."""
     facts = [fact for fact in world.facts if fact.relation in relations and world.templates[fact.relation].heldout]
     rng.shuffle(facts)
-    rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
+    rows: dict[str, list[QuestionRow]] = {split: [] for split in COUNTS}
     for fact in facts:
         split = next((split for split, count in COUNTS.items() if len(rows[split]) < count), "")
         if not split:
@@ -62,7 +71,7 @@ def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> 
     return rows
 
 
-def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
+def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> QuestionRow | None:
     """None if there are fewer than three distractors, the question contains a key, or a dev fact is unasked."""
     templates, wrong = world.templates[fact.relation], _wrong_objects(world, fact)
     question = fill(rng.choice(templates.ask if is_example else templates.heldout), fact)
@@ -87,8 +96,9 @@ def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
     return sorted({other.slots["o"] for other in others} - true)
 
 
-def build_exam(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
-    """Write the exam into `folder`; returns the number of questions per split."""
+def build_exam(config: DemoExamConfig) -> dict[str, int]:
+    """Write the exam into --out_dir; returns the number of questions per split."""
+    folder, seed = Path(config.out_dir), config.seed
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
     for lang in LANGUAGES:
         world = DemoWorld(lang, seed)
@@ -97,13 +107,13 @@ def build_exam(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
             mapping[subject] = [f"{english} ({CATEGORIES[lang]})", chinese, CATEGORIES[lang]]
             rows = questions_of(world, relations.split(), random.Random(f"{seed} {subject} exam"))
             for split, asked in rows.items():
-                write_text(Path(folder) / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
+                write_text(folder / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
                 counts[split] += len(asked)
-    write_text(Path(folder) / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
+    write_text(folder / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
     return counts
 
 
-def _csv(rows: list[Row], with_answers: bool) -> str:
+def _csv(rows: list[QuestionRow], with_answers: bool) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "question", *CEVAL_LETTERS, *(["answer"] if with_answers else [])])
@@ -112,18 +122,10 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
 
 
 def main() -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out_dir",
-        type=flag_types.path_string,
-        default="out/demo/exam",
-        help="folder to write (default: out/demo/exam)",
-    )
-    parser.add_argument("--seed", type=flag_types.seed, default=0, help="seed of the demo world (default: 0)")
-    args = parser.parse_args()
-    with lock_output(args.out_dir):
-        counts = build_exam(args.out_dir, args.seed)
-    print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
+    config = parse(DemoExamConfig, __doc__)
+    with lock_output(config.out_dir):
+        counts = build_exam(config)
+    print(f"{config.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 
 
 if __name__ == "__main__":

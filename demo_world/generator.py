@@ -21,20 +21,31 @@ Read next: world.py (documents, chats and questions of one language), facts.py a
 ../train_tokenizer.py (the first script that reads the output).
 """
 
-import argparse
 import json
-import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli, flag_types
+from common.cli import Config, flag, parse
 from common.errors import fail_in_one_line
 from common.files import write_text
+from common.flag_types import path_string, positive_int, seed
 from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.world import DemoWorld, Turn
+
+
+@dataclass(frozen=True)
+class WorldConfig(Config):
+    """Size and seed of the demo world."""
+
+    out_dir: str = flag("out/demo/world", "folder to write", type=path_string)
+    seed: int = flag(0, "random seed of every choice", type=seed)
+    statement_rounds: int = flag(60, "statements per fact", type=positive_int)
+    chat_rounds: int = flag(8, "training questions per asked fact and direction", type=positive_int)
+    questions: int = flag(300, "held-out questions per language", type=positive_int)
 
 
 def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
@@ -44,26 +55,21 @@ def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
     return {"messages": messages, "lang": lang}
 
 
-def build_world(
-    folder: str | os.PathLike[str],
-    seed: int = 0,
-    statement_rounds: int = 60,
-    chat_rounds: int = 8,
-    questions: int = 300,
-) -> dict[str, int]:
-    """Write the files into `folder`; returns the numbers of facts, texts, chats and questions of both languages.
+def build_world(config: WorldConfig) -> dict[str, int]:
+    """Write the files into --out_dir; returns the numbers of facts, texts, chats and questions of both languages.
 
-    `statement_rounds`: statements per fact. `chat_rounds`: training questions per asked fact and direction.
-    `questions`: held-out questions per language. Raises UserError for a malformed data file.
+    Raises UserError for a malformed data file.
     """
-    worlds = [DemoWorld(lang, seed) for lang in LANGUAGES]
-    texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
+    worlds = [DemoWorld(lang, config.seed) for lang in LANGUAGES]
+    texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(config.statement_rounds)]
     chats: list[dict[str, Any]] = []
     for world in worlds:
-        distinct = {json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(chat_rounds))}
+        distinct = {
+            json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(config.chat_rounds))
+        }
         chats += distinct.values()
-    heldout = [row for world in worlds for row in world.questions(questions)]
-    mix = random.Random(seed)
+    heldout = [row for world in worlds for row in world.questions(config.questions)]
+    mix = random.Random(config.seed)
     mix.shuffle(texts)
     mix.shuffle(chats)
     world_of = {world.lang: world for world in worlds}
@@ -75,34 +81,16 @@ def build_world(
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
     files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
     for name, rows in files.items():
-        write_text(Path(folder) / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return {
-        "facts": sum(len(world.facts) for world in worlds),
-        "texts": len(texts),
-        "chats": len(chats),
-        "questions": len(heldout),
-    }
+        write_text(Path(config.out_dir) / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    facts = sum(len(world.facts) for world in worlds)
+    return {"facts": facts, "texts": len(texts), "chats": len(chats), "questions": len(heldout)}
 
 
 def main() -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out_dir",
-        type=flag_types.path_string,
-        default="out/demo/world",
-        help="folder to write (default: out/demo/world)",
-    )
-    parser.add_argument("--seed", type=flag_types.seed, default=0, help="random seed of every choice (default: 0)")
-    parser.add_argument("--statement_rounds", type=flag_types.positive_int, default=60,
-        help="statements per fact (default: 60)")  # fmt: skip
-    parser.add_argument("--chat_rounds", type=flag_types.positive_int, default=8,
-        help="training questions per asked fact and direction (default: 8)")  # fmt: skip
-    parser.add_argument("--questions", type=flag_types.positive_int, default=300,
-        help="held-out questions per language (default: 300)")  # fmt: skip
-    args = parser.parse_args()
-    with lock_output(args.out_dir):
-        counts = build_world(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
-    print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    config = parse(WorldConfig, __doc__)
+    with lock_output(config.out_dir):
+        counts = build_world(config)
+    print(f"{config.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import load_script, load_weights, read_jsonl, run_script
+from demo_world.report import summarize_log
+from tests.helpers import load_weights, read_jsonl, run_script
 
 OLD = Path(__file__).resolve().parent / "data" / "before_renames"
 RUN = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--log_interval", "1", "--eval_tokens", "256"]
@@ -95,7 +96,7 @@ def test_dpo_starts_from_an_old_adapter(monkeypatch, old, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_demo_reads_old_logs(stage):
-    log = load_script("demo.py").summarize_log(OLD / f"out/{stage}_16.jsonl")
+    log = summarize_log(OLD / f"out/{stage}_16.jsonl")
     assert log["steps"] == 4 and log["final_loss"] > 0
     assert set(log["validation_loss"]) == {"zh", "en"} and all(value > 0 for value in log["validation_loss"].values())
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from common.metric_keys import OLD_METRIC_KEYS, current_metric_key, with_current_metric_keys
+from demo_world.report import summarize_log
 from export.model_card import validation_figures
 from export.model_facts import summarize_chain
-from tests.helpers import load_script, read_jsonl
+from tests.helpers import read_jsonl
 from trainer.metrics import read_log_rows
 
 OLD_LOG = Path(__file__).resolve().parent.parent / "data" / "before_renames" / "out" / "dpo_16.jsonl"
@@ -47,7 +48,7 @@ def test_a_resumed_run_reads_its_old_log_under_current_keys():
 
 
 def test_the_demo_reads_an_old_dpo_log_under_current_keys():
-    log = load_script("demo.py").summarize_log(OLD_LOG)
+    log = summarize_log(OLD_LOG)
     names = {"val_reward_accuracy", "val_chosen_preferred", "val_chosen_preferred_before"}
     assert names <= log.keys() and "val_accuracy" not in log
 

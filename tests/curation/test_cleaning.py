@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from curation import drop_rules, edit_rules
-from curation.cleaning import CleaningTransform
-from curation.prose_rules import CleaningLimits, DocumentView
+from curation.cleaning import RULE_NAMES, RULES, CleanConfig, CleaningTransform, select_rules
+from curation.prose_rules import DocumentView
 from curation.rule_stats import RuleStats
-from curation.rules import RULE_NAMES, RULES, select_rules
 from curation.transform import NumberedRow
-from tests.helpers import run_process, visible_names
+from tests.helpers import run_process, visible_names, write_rows
 
 EDIT_RULES = [rule for rule in RULES if rule.is_edit]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
@@ -92,7 +91,7 @@ def test_edit_rules_give_the_expected_text(rule, before, after):
 )
 def test_drop_rules_drop_only_bad_text(rule, bad, good):
     function = getattr(drop_rules, rule)
-    assert function(DocumentView(bad), CleaningLimits()) and not function(DocumentView(good), CleaningLimits())
+    assert function(DocumentView(bad)) and not function(DocumentView(good))
 
 
 def test_every_rule_has_a_test_case_a_source_and_a_unique_name():
@@ -126,7 +125,7 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
             continue
         result = reference.filter(Document(text=text, id=str(i)))
         page = DocumentView(text)
-        ours = drop_rules.repeated_lines(page, CleaningLimits()) or drop_rules.repeated_ngrams(page, CleaningLimits())
+        ours = drop_rules.repeated_lines(page) or drop_rules.repeated_ngrams(page)
         assert bool(ours) == (result is not True), (text, ours, result)
         decisions.append(bool(ours))
     assert 60 < sum(decisions) < 340
@@ -136,7 +135,7 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
 def clean_row(row, **options):
     text = row if isinstance(row, str) else json.dumps(row)
     kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
-    return CleaningTransform(**options).apply([NumberedRow(0, "f", 1, row, text, kind)])[0]
+    return CleaningTransform(CleanConfig(("f",), **options)).apply_to_row(NumberedRow(0, "f", 1, row, text, kind))
 
 
 def test_rows_keep_their_format_and_their_other_keys():
@@ -173,7 +172,7 @@ def test_edit_rules_never_fail_and_leave_valid_text(text):
             assert rule.function(edited) == edited
     for rule in RULES:
         if not rule.is_edit and text.strip():
-            assert isinstance(rule.function(DocumentView(text), CleaningLimits()), str)
+            assert isinstance(rule.function(DocumentView(text)), str)
 
 
 def test_edit_rules_are_fast_on_hostile_text():
@@ -187,17 +186,12 @@ def test_edit_rules_are_fast_on_hostile_text():
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
     rows = [{"text": f"{ZH}第{i}段，电话1380013{8000 + i}。"} for i in range(40)] + [
         {"text": f"短{i}"} for i in range(15)
     ]
     rows += [{"text": f"{ZH}{i}"} for i in range(5)] + [{"nothing": 1}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--max_bad_share", "0.1"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["read"], report["kept"]) == (60, 45)
@@ -215,7 +209,7 @@ def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
 
 
 def test_check_flag_writes_nothing(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--check"])
     assert "[PHONE]" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -223,7 +217,7 @@ def test_check_flag_writes_nothing(tmp_path, capsys):
 def test_unsafe_words_file_adds_phrases(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Foo\nBAR\n")
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
     flags = ["--out_dir", str(tmp_path / "out"), "--min_words", "3", "--skip", "stop_words", "--unsafe_words"]
     data_process.main(["clean", str(path), *flags, str(words)])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rules"]["unsafe"]["dropped"] == 1
@@ -240,9 +234,9 @@ def test_unsafe_words_file_adds_phrases(tmp_path):
     ],
 )
 def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, monkeypatch, module, flags, words):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH}])
-    for cached in (edit_rules._import_ftfy, edit_rules._opencc_converter, drop_rules._language_detector):
-        cached.cache_clear()
+    path = write_rows(tmp_path / "a.jsonl", [{"text": ZH}])
+    edit_rules._opencc_converter.cache_clear()
+    drop_rules._language_detector.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=words):
         data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), *flags])
@@ -257,7 +251,7 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
         and len(listing.stdout.splitlines()) == len(RULES)
         and "arXiv 2112.11446" in listing.stdout
     )
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "短"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "短"}])
     for arguments, words in (
         ([path, "--out_dir", tmp_path / "out"], "clean keeps none of the 1 rows: 1 by too_short"),
         ([tmp_path / "none.jsonl"], "no such file"),
@@ -271,20 +265,15 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
 
 
 def test_merged_counts_of_parts_equal_the_counts_of_the_whole():
-    transform = CleaningTransform(skip=["language", "repair"])
-    rows = [
-        NumberedRow(i, "f", i + 1, {"text": t}, t)
-        for i, t in enumerate([f"{ZH}{k}打1380013{8000 + k}" for k in range(30)])
-    ]
-    whole, parts = RuleStats(transform.rule_names()), RuleStats()
+    transform = CleaningTransform(CleanConfig(("f",), skip=("language", "repair")))
+    texts = [f"{ZH}{k}打1380013{8000 + k}" for k in range(30)]
+    rows = [NumberedRow(i, "f", i + 1, {"text": text}, text) for i, text in enumerate(texts)]
+    decisions = transform.apply(rows)
+    whole, merged = RuleStats(transform.rule_names()), RuleStats()
     for start in (0, 10, 20):
         part = RuleStats(transform.rule_names())
-        for row, decision in zip(
-            rows[start : start + 10],
-            CleaningTransform(skip=["language", "repair"]).apply(rows[start : start + 10]),
-            strict=True,
-        ):
+        for row, decision in zip(rows[start : start + 10], decisions[start : start + 10], strict=True):
             part.add("f", row.line, decision)
             whole.add("f", row.line, decision)
-        parts.merge(part.to_dict())
-    assert parts.to_dict() == whole.to_dict()
+        merged.merge(part.to_dict())
+    assert merged.to_dict() == whole.to_dict()

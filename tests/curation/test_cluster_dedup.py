@@ -68,15 +68,12 @@ def test_a_repeated_command_runs_only_the_incomplete_tasks(input_files, expected
     from curation import cluster_dedup
 
     command = ["dedup", *map(str, input_files), "--out_dir", str(tmp_path / "out"), "--executor", "local"]
-    write_rows, read_rows = cluster_dedup.WriteRows.__call__, cluster_dedup.ReadRows.__call__
-    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cluster_dedup, "write_rows_of_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         data_process.main(command)
-    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", write_rows)
-    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", lambda *args: pytest.fail("signed again"))
+    monkeypatch.setattr(cluster_dedup, "read_documents_of_file", lambda *args: pytest.fail("signed again"))
     data_process.main(command)
     assert_same_output(expected, tmp_path / "out")
-    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", read_rows)
 
 
 def test_bad_files_are_reported_in_one_line(input_files, tmp_path, capfd):
@@ -132,10 +129,6 @@ def test_a_missing_package_is_reported_in_one_line(input_files, tmp_path):
     ):
         hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from common.errors import *\n"
         call = f"data_process.main({['dedup', str(input_files[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"
-        done = run_process(
-            sys.executable,
-            "-c",
-            f"{hide}with fail_in_one_line(): {call}",
-        )
+        done = run_process(sys.executable, "-c", f"{hide}with fail_in_one_line(): {call}")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()

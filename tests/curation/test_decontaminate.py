@@ -11,7 +11,7 @@ from common.errors import UserError
 from corpus.provenance import data_provenance, format_provenance, read_provenance
 from curation.decontaminate import DecontaminationTransform, build_exam_index, find_exam_files, question_and_choices
 from curation.transform import NumberedRow
-from tests.helpers import EXACT_FLAGS, SHARED_DATA, TINY_MODEL_FLAGS, run_script
+from tests.helpers import EXACT_FLAGS, SHARED_DATA, TINY_MODEL_FLAGS, run_script, write_rows
 
 ZH = "下列关于光合作用与呼吸作用关系的叙述中，符合绿色植物实际情况的一项是哪一个？"
 EN = "Which of the following rivers flows through the largest number of capital cities in Europe today?"
@@ -65,13 +65,12 @@ def test_leaks_are_found_in_any_context(exam_dir):
 def test_common_ngrams_are_ignored_unless_a_question_has_no_others(exam_dir, tmp_path):
     phrase = "一二三四五六七八九十甲乙丙丁下列说法中正确"
     assert are_dropped(build_exam_index([str(exam_dir)]), phrase, overlap=0.0) == [False]
-    exam_file = tmp_path / "same.jsonl"
     rows = [{"question": phrase, "A": f"第{i}种很长的说法在这里", "B": "乙"} for i in range(4)]
-    exam_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exam_file = write_rows(tmp_path / "same.jsonl", rows)
     leak = f"{phrase}：\nA. 第2种很长的说法在这里"
     assert are_dropped(build_exam_index([str(exam_file)]), PROSE + leak, PROSE + phrase) == [True, False]
     rows = [{"question": phrase, "A": f"开头都是一样的很长很长的说法{i}", "B": "乙"} for i in range(4)]
-    exam_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(exam_file, rows)
     assert are_dropped(build_exam_index([str(exam_file)]), PROSE + phrase, PROSE) == [True, False]
 
 
@@ -113,16 +112,11 @@ def run_decontaminate(*files, against, out_dir, **flags):
     data_process.main(arguments + [str(x) for name, value in flags.items() for x in (f"--{name}", value)])
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_a_planted_leak_is_dropped_and_listed(tmp_path, exam_dir, capsys):
     rows = [{"text": f"{PROSE}{i}", "source": "web"} for i in range(50)]
     rows[20] = {"text": PROSE + ZH, "source": "leak"}
     chat = {"messages": [{"role": "user", "content": EN}, {"role": "assistant", "content": "The Danube."}]}
-    path = write_jsonl(tmp_path / "a.jsonl", [*rows, chat])
+    path = write_rows(tmp_path / "a.jsonl", [*rows, chat])
     run_decontaminate(path, against=exam_dir, out_dir=tmp_path / "out", workers=2)
     kept = [json.loads(line) for line in (tmp_path / "out" / "text_000.jsonl").open(encoding="utf-8")]
     assert kept == rows[:20] + rows[21:]
@@ -137,7 +131,7 @@ def test_a_planted_leak_is_dropped_and_listed(tmp_path, exam_dir, capsys):
 def test_training_log_names_the_exams_the_data_was_checked_against(
     tmp_path, exam_dir, tokenizer_dir, monkeypatch, capsys
 ):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{PROSE}第{i}次。"} for i in range(60)])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"{PROSE}第{i}次。"} for i in range(60)])
     run_decontaminate(path, against=exam_dir, out_dir=tmp_path / "checked")
     text = tmp_path / "checked" / "text_000.jsonl"
     data = tmp_path / "pretrain"
@@ -155,7 +149,7 @@ def test_training_log_names_the_exams_the_data_was_checked_against(
 
 
 def test_provenance_lists_only_steps_applied_to_all_files(tmp_path, exam_dir):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{PROSE}{i}"} for i in range(9)])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": f"{PROSE}{i}"} for i in range(9)])
     run_decontaminate(path, against=exam_dir, out_dir=tmp_path / "one")
     data_process.main(
         ["dedup", str(tmp_path / "one" / "text_000.jsonl"), "--out_dir", str(tmp_path / "two"), "--exact_only"]
@@ -169,7 +163,7 @@ def test_provenance_lists_only_steps_applied_to_all_files(tmp_path, exam_dir):
 
 
 def test_invalid_exams_are_reported_in_one_line(tmp_path, exam_dir):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": PROSE}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": PROSE}])
     (tmp_path / "empty").mkdir()
     (tmp_path / "none.csv").write_text("id,name\n1,x\n")
     (tmp_path / "broken.zip").write_text("no archive")

@@ -14,9 +14,9 @@ import pytest
 
 import data_process
 from common.errors import UserError
-from curation import download
+from curation import catalogue, download
 from curation.catalogue import CATALOGUE
-from curation.download import candidate_mirrors, download_file, require_space, unpack_archive
+from curation.download import download_file, require_space, unpack_archive
 
 CONTENT = os.urandom(3_000_000)
 
@@ -101,29 +101,22 @@ def test_no_byte_is_downloaded_twice_after_lost_connections(server, tmp_path, br
     assert [path.name for path in target.parent.iterdir()] == ["file"], "temporary files are deleted"
 
 
-def test_a_killed_download_resumes(server, tmp_path):
+@pytest.mark.parametrize("stop_at", [1_500_000, len(CONTENT)])
+def test_a_killed_download_resumes(server, tmp_path, stop_at):
+    """A part file that is complete already is not requested again."""
+
     def interrupt(received, size):
-        if received > 1_500_000:
+        if received >= stop_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         download_file(server.url + "/file", tmp_path / "file", interrupt)
     received = (tmp_path / "file.part").stat().st_size
-    assert 1_500_000 < received < len(CONTENT) and not (tmp_path / "file").exists()
+    assert received >= stop_at and not (tmp_path / "file").exists()
+    server.requests.clear()
     download_file(server.url + "/file", tmp_path / "file")
-    assert server.requests[-1][1] == f"bytes={received}-" and (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_complete_part_file_is_not_downloaded_again(server, tmp_path):
-    def interrupt(received, size):
-        if received == size:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        download_file(server.url + "/file", tmp_path / "file", interrupt)
-    num_requests = len(server.requests)
-    download_file(server.url + "/file", tmp_path / "file")
-    assert len(server.requests) == num_requests and (tmp_path / "file").read_bytes() == CONTENT
+    assert [header for _, header in server.requests] == ([f"bytes={received}-"] if stop_at < len(CONTENT) else [])
+    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_a_changed_remote_file_is_downloaded_from_the_start(server, tmp_path):
@@ -236,8 +229,8 @@ def test_a_catalogue_entry_is_downloaded_and_unpacked(server, tmp_path, monkeypa
 
 
 def test_the_next_mirror_is_used_when_one_fails(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(download.MIRRORS, "hub", "http://127.0.0.1:9")
-    monkeypatch.setitem(download.MIRRORS, "hf-mirror", server.url)
+    monkeypatch.setitem(catalogue.MIRRORS, "hub", "http://127.0.0.1:9")
+    monkeypatch.setitem(catalogue.MIRRORS, "hf-mirror", server.url)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     entry = CATALOGUE["cmmlu"]
     server.files[f"/datasets/{entry.repository}/resolve/{entry.revision}/{entry.files[0]}"] = write_zip(
@@ -261,13 +254,13 @@ def test_the_catalogue_is_listed_and_invalid_arguments_are_one_line(capsys, tmp_
             data_process.main(["download", "ceval", "--file", file, "--out_dir", str(tmp_path / "raw")])
     assert not (tmp_path / "raw").exists()
     with pytest.raises(UserError, match="ceval is not available at modelscope"):
-        candidate_mirrors(CATALOGUE["ceval"], "modelscope")
-    assert candidate_mirrors(CATALOGUE["seq-monkey"], "") == ["modelscope"]
+        CATALOGUE["ceval"].mirrors("modelscope")
+    assert CATALOGUE["seq-monkey"].mirrors("") == ["modelscope"]
 
 
 def test_every_url_is_well_formed():
     for entry in CATALOGUE.values():
-        for mirror in candidate_mirrors(entry, ""):
+        for mirror in entry.mirrors(""):
             for file in entry.files:
                 assert re.fullmatch(
                     r"https://[\w.-]+/datasets/[\w.-]+/[\w.-]+/resolve/\w+/[\w./%-]+", entry.url(file, mirror)

@@ -25,15 +25,11 @@ from curation.near_duplicates import (
 )
 from curation.ngrams import alphanumeric, code_points, ngram_hashes
 from curation.transform import read_numbered_rows
+from tests.helpers import write_rows
 from tests.planted import planted_rows
 
 RECALL, PRECISION = 0.97, 0.995
 GOLDEN = ["0xb9f392762d0a5a0d", "0x258fd582db1c7673"]  # computed from the formula with Python integers
-
-
-def write_jsonl(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def read_kept_rows(folder: Path) -> list[dict]:
@@ -113,7 +109,7 @@ def recall_and_precision(rows: list[dict], kept_rows: list[dict]) -> tuple[float
 def test_planted_near_duplicates_are_found(tmp_path):
     rows = list(planted_rows(10_000, 0.2))
     assert 1900 < sum(row["copy_of"] is not None for row in rows) < 2100
-    kept_rows = run_dedup(write_jsonl(tmp_path / "a.jsonl", rows), out_dir=tmp_path / "out")
+    kept_rows = run_dedup(write_rows(tmp_path / "a.jsonl", rows), out_dir=tmp_path / "out")
     recall, precision = recall_and_precision(rows, kept_rows)
     assert recall >= RECALL and precision >= PRECISION
     assert [row["id"] for row in kept_rows] == sorted(row["id"] for row in kept_rows)
@@ -125,8 +121,8 @@ def test_planted_near_duplicates_are_found(tmp_path):
 
 def test_the_first_copy_is_kept_and_the_others_are_listed(tmp_path):
     text = "".join(f"第{i}句话讲的是河流与村庄的故事，" for i in range(30))
-    one, other = write_jsonl(tmp_path / "1.jsonl", [{"text": text, "id": 1}]), tmp_path / "2.jsonl"
-    write_jsonl(
+    one, other = write_rows(tmp_path / "1.jsonl", [{"text": text, "id": 1}]), tmp_path / "2.jsonl"
+    write_rows(
         other,
         [{"text": text.replace("，", " ， "), "id": 2}, {"text": text + "完。", "id": 3}, {"text": "短", "id": 4}],
     )
@@ -142,7 +138,7 @@ def test_the_first_copy_is_kept_and_the_others_are_listed(tmp_path):
 def test_texts_without_letters_and_short_texts_are_deduplicated(tmp_path):
     texts = ["！！！", "。。。", "好", "好。", "hi", "a b", "！！！"]
     kept_rows = run_dedup(
-        write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), out_dir=tmp_path / "out"
+        write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts]), out_dir=tmp_path / "out"
     )
     assert [row["text"] for row in kept_rows] == ["！！！", "。。。", "好", "hi", "a b"]
     assert all(len(shingle_hashes(text)) == 1 for text in texts)
@@ -150,7 +146,7 @@ def test_texts_without_letters_and_short_texts_are_deduplicated(tmp_path):
 
 def test_exact_only_needs_no_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    path = write_jsonl(
+    path = write_rows(
         tmp_path / "a.jsonl", [{"text": "一样 的文本"}, {"text": "一样的文本\n"}, {"text": "一样的文本。"}]
     )
     assert len(run_dedup(path, out_dir=tmp_path / "out", exact_only=True)) == 2
@@ -164,24 +160,24 @@ def test_chats_and_pairs_are_deduplicated(tmp_path):
         "messages": [{"role": "user", "content": "河流从哪里来？"}, {"role": "assistant", "content": "从山里来。" * 9}]
     }
     pair = {"prompt": "问", "chosen": "好", "rejected": "坏"}
-    kept_rows = run_dedup(write_jsonl(tmp_path / "a.jsonl", [chat, pair, chat, pair]), out_dir=tmp_path / "out")
+    kept_rows = run_dedup(write_rows(tmp_path / "a.jsonl", [chat, pair, chat, pair]), out_dir=tmp_path / "out")
     assert kept_rows == [chat, pair]
 
 
 # ---- resuming, several processes, memory per document ----------------------------------------------------------------
 def test_a_resumed_run_hashes_no_document_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    path = write_jsonl(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
+    path = write_rows(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
     expected = run_dedup(path, out_dir=tmp_path / "whole")
-    sign, calls = near_duplicates.MinHasher.__call__, []
+    hash_rows, calls = near_duplicates.document_keys, []
 
-    def fail_once(self, rows):
+    def fail_once(rows, exact_only):
         calls.append(len(rows))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return sign(self, rows)
+        return hash_rows(rows, exact_only)
 
-    monkeypatch.setattr(near_duplicates.MinHasher, "__call__", fail_once)
+    monkeypatch.setattr(near_duplicates, "document_keys", fail_once)
     with pytest.raises(KeyboardInterrupt):
         run_dedup(path, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -190,7 +186,7 @@ def test_a_resumed_run_hashes_no_document_twice(tmp_path, monkeypatch):
 
 
 def test_several_processes_keep_the_same_rows(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", planted_rows(2500, 0.3))
+    path = write_rows(tmp_path / "a.jsonl", planted_rows(2500, 0.3))
     expected, parallel = run_dedup(path, out_dir=tmp_path / "one"), run_dedup(path, out_dir=tmp_path / "two", workers=2)
     assert expected == parallel
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
@@ -214,7 +210,7 @@ def test_memory_and_disk_per_document_are_bounded(tmp_path):
 
 
 def test_incompatible_flags_are_reported_in_one_line(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "x"}])
     for flags, words in (
         ({"executor": "local", "exact_only": True}, "--exact_only cannot be combined with --executor"),
         ({"executor": "slurm"}, "--executor slurm needs --partition NAME"),
@@ -234,8 +230,6 @@ def test_chats_are_equal_only_if_their_messages_are(tmp_path):
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"text": "q\na\nb"},
     ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = list(read_numbered_rows([path], DataStats()))
-    hashes = [row_text_hash(row) for row in read]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    hashes = [row_text_hash(row) for row in read_numbered_rows([path], DataStats())]
     assert hashes[0] == hashes[2] and len(set(hashes)) == 4

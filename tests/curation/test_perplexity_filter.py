@@ -29,6 +29,7 @@ from curation.perplexity_filter import (
     score_interval,
 )
 from curation.perplexity_scorer import Scorer, batch_by_tokens, encode_plain_chat
+from tests.helpers import read_jsonl, write_rows
 
 
 def make_chat(question, answer):
@@ -39,9 +40,7 @@ def make_chat(question, answer):
 def chats_file(tmp_path):
     rows = [make_chat(f"{i}?", f"n{i % 7}" * (1 + i % 3)) for i in range(60)]
     rows += [make_chat(f"数{i}", "好" * (1 + i % 5)) for i in range(60)]
-    lines = [json.dumps({"messages": row}, ensure_ascii=False) for row in rows]
-    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tmp_path / "chats.jsonl"
+    return write_rows(tmp_path / "chats.jsonl", [{"messages": row} for row in rows])
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def run_sft(chats_file, tokenizer_dir, tiny_parent, tmp_path):
 
 
 def read_questions(folder, name):
-    return [json.loads(line)["messages"][0]["content"] for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
+    return [row["messages"][0]["content"] for row in read_jsonl(folder / f"{name}.jsonl")]
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------

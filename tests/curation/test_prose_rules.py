@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import drop_rules, edit_rules
-from curation.prose_rules import CleaningLimits, DocumentView, extract_prose
+from curation.prose_rules import DocumentView, extract_prose
 from tests.curation.test_cleaning import PROSE, ZH, clean_row
 from tests.helpers import SHARED_DATA
 
@@ -94,7 +94,7 @@ def test_formulas_and_tables_of_a_document_are_kept(text):
 )
 def test_a_bad_document_is_dropped_with_its_formulas_and_tables(rule, text):
     """A document that a rule drops without its formulas and tables is dropped with them too."""
-    assert getattr(drop_rules, rule)(DocumentView(text), CleaningLimits())
+    assert getattr(drop_rules, rule)(DocumentView(text))
 
 
 @settings(max_examples=200, deadline=None)
@@ -107,7 +107,7 @@ def test_prose_is_part_of_the_text_and_the_recheck_drops_no_more_documents(text)
         assert not prose.has_formulas
     for name in ("few_letters", "word_length", "stop_words", "symbols", "repeated_ngrams"):
         rule = getattr(drop_rules, name)
-        assert not rule(DocumentView(text), CleaningLimits()) or rule.__wrapped__(DocumentView(text), CleaningLimits())
+        assert not rule(DocumentView(text)) or rule.__wrapped__(DocumentView(text))
 
 
 def test_prose_extraction_is_fast_on_hostile_text():

@@ -12,7 +12,7 @@ import pytest
 import data_process
 from common.errors import UserError
 from curation import transform
-from tests.helpers import ROOT, run_process
+from tests.helpers import ROOT, read_folder, run_process
 
 ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两岸的人们靠它生活。"
 ROWS = [f"第{i}篇：{ZH}" + ("电话13800138000。" if i % 7 == 0 else "") if i % 5 else "短" for i in range(1200)]
@@ -26,13 +26,9 @@ def path(tmp_path):
     return tmp_path / "a.jsonl"
 
 
-def folder_bytes(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def run_clean(path, out_dir, *flags):
     data_process.main(["clean", str(path), "--out_dir", str(out_dir), *flags])
-    return folder_bytes(out_dir)
+    return read_folder(out_dir)
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 6])

@@ -20,7 +20,7 @@ GOLDEN = "695b6a84890800e5455b5900329bcca710960bcd82bdbde85955dcbabeae6792"
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exam")
-    counts = exam_module.build_exam(folder, 0)
+    counts = exam_module.build_exam(exam_module.DemoExamConfig(str(folder)))
     assert counts == {"dev": 60, "val": 300, "test": 120}
     return folder
 
@@ -59,7 +59,7 @@ def test_exactly_the_right_option_answers_the_question(exam):
 
 
 def test_no_exam_question_is_trained(exam, tmp_path):
-    generator.build_world(tmp_path, 0, statement_rounds=6, chat_rounds=6)
+    generator.build_world(generator.WorldConfig(str(tmp_path), statement_rounds=6, chat_rounds=6))
     trained = "".join(
         (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pretrain", "chats", "identity", "pairs")
     )
@@ -67,14 +67,14 @@ def test_no_exam_question_is_trained(exam, tmp_path):
 
 
 def test_equal_seeds_give_equal_bytes(exam, tmp_path):
-    exam_module.build_exam(tmp_path, 0)
+    exam_module.build_exam(exam_module.DemoExamConfig(str(tmp_path)))
     files = sorted(path.relative_to(exam) for path in exam.rglob("*") if path.is_file())
     assert len(files) == 37 and all((exam / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.as_posix().encode() + b"\n" + (exam / file).read_bytes())
     assert digest.hexdigest() == GOLDEN
-    exam_module.build_exam(tmp_path, 1)
+    exam_module.build_exam(exam_module.DemoExamConfig(str(tmp_path), 1))
     assert any((exam / file).read_bytes() != (tmp_path / file).read_bytes() for file in files)
     with (exam / "test" / "arithmetic_en_test.csv").open(encoding="utf-8") as file:
         assert next(csv.reader(file)) == ["id", "question", "A", "B", "C", "D"]

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from corpus.language import LANGUAGES
-from demo_world.generator import build_world
+from demo_world.generator import WorldConfig, build_world
 from demo_world.grammar import fill, read_phrases
 from demo_world.world import DemoWorld
 from evaluation.qa_data import is_correct
@@ -15,7 +15,7 @@ from evaluation.qa_data import is_correct
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    build_world(folder, seed=0, statement_rounds=6, chat_rounds=2)
+    build_world(WorldConfig(str(folder), statement_rounds=6, chat_rounds=2))
     read = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {path.stem: read(path) for path in folder.glob("*.jsonl")}
 

@@ -11,7 +11,7 @@ import pytest
 
 from corpus.language import LANGUAGES
 from demo_world.facts import Term, facts_of
-from demo_world.generator import build_world
+from demo_world.generator import WorldConfig, build_world
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld
 from evaluation.qa_data import is_correct
@@ -46,7 +46,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    build_world(folder, seed=0)
+    build_world(WorldConfig(str(folder)))
     return folder
 
 
@@ -86,7 +86,7 @@ def held_out(world):
 
 def test_same_seed_same_bytes(tmp_path):
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        build_world(tmp_path / name, seed, statement_rounds=4, chat_rounds=2)
+        build_world(WorldConfig(str(tmp_path / name), seed, statement_rounds=4, chat_rounds=2))
     for file in ("words.jsonl", "pretrain.jsonl", "chats.jsonl", "questions.jsonl"):
         first = (tmp_path / "one" / file).read_bytes()
         assert first == (tmp_path / "again" / file).read_bytes()

@@ -84,7 +84,7 @@ def test_log_probs_equal_lm_eval_harness(monkeypatch, tokenizer, tmp_path, metho
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    exam.build_exam(tmp_path / "exam", 0)
+    exam.build_exam(exam.DemoExamConfig(str(tmp_path / "exam")))
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 2, 4, 2, max_seq_len=1024))
     save_model(tmp_path / "pretrain_64.pth", model, "pretrain", tokenizer, [{}])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
+from demo_world.report import TRAINING
 from tests.helpers import ROOT
 
 
@@ -21,8 +21,8 @@ def test_demo_runs_every_stage_and_a_second_run_reuses_the_results(tmp_path):
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["answer_accuracy"].keys() == {"before_sft", "after_sft", "after_lora", "after_dpo"}
     assert all(scores.keys() == {"zh", "en"} for scores in report["answer_accuracy"].values())
-    assert report["stages"].keys() == set(demo.TRAINING) and report["bits_per_byte"]["pretrain"].keys() == {"zh", "en"}
-    assert len(report["samples"]) == 10 and report["seconds"].keys() >= set(demo.TRAINING)
+    assert report["stages"].keys() == set(TRAINING) and report["bits_per_byte"]["pretrain"].keys() == {"zh", "en"}
+    assert len(report["samples"]) == 10 and report["seconds"].keys() >= set(TRAINING)
     assert all(Path(curve).read_bytes().startswith(b"\x89PNG") for curve in report["curves"])
     assert report["identity"].keys() == {"before_lora", "after_lora"}
     assert "val_chosen_preferred_before" in report["stages"]["dpo"]

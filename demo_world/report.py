@@ -1,0 +1,145 @@
+"""The report of ../demo.py: speed, losses, answers before and after each stage, the exam.
+
+    <stage>_<dim>.jsonl    training log           answers_<stage>.json            answers to the held-out questions
+    exam.json              result of the exam     answers_<stage>_identity.json   answers about the new name and job
+
+Read next: ../demo.py (the commands that write these files).
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.metric_keys import with_current_metric_keys
+from corpus.language import LANGUAGES
+
+# Training stage -> key in report.json of its answers to the held-out questions.
+TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
+LAST_STAGE = list(TRAINING)[-1]
+SAMPLES_PER_LANGUAGE = 5
+KINDS = {
+    "seen_fact_new_wording": "facts seen in SFT, new wording",
+    "unasked_fact_new_wording": "facts seen only in pretraining",
+}
+EXAM_FIELDS = ("questions", "accuracy", "low", "high", "chance", "sentence")
+
+
+def answers_file(out: Path, stage: str, questions: str = "questions") -> Path:
+    return out / f"answers_{stage}{'_identity' if questions != 'questions' else ''}.json"
+
+
+def read_result(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run demo.py again") from None
+
+
+def summarize_log(path: Path) -> dict[str, Any]:
+    """The last values of a training log: steps, tokens (or pairs), speed, loss, validation metrics."""
+    rows = [with_current_metric_keys(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "val_loss" in row]
+    last, unit = steps[-1], "tokens" if "tokens" in steps[-1] else "pairs"
+    validation = {
+        name: {lang: round(value, 4) for lang, value in scores.items()}
+        for name, scores in (validations[-1] if validations else {}).items()
+        if name.startswith(("val_", "bits_"))
+    }
+    return {
+        "steps": last["step"],
+        unit: last[unit],
+        f"{unit}_per_second": round(last[unit] / max(last["seconds"], 1e-9)),
+        "final_loss": round(last["loss"], 4),
+        "bits_per_byte": validation.pop("bits_per_byte", {}),
+        "validation_loss": validation.pop("val_loss", {}),
+        **validation,
+    }
+
+
+def make_report(out: Path, dim: int, seconds: dict[str, float], seed: int) -> dict[str, Any]:
+    """The content of report.json. `seconds`: step -> seconds. Raises UserError for a damaged result."""
+    from model.checkpoint import load_model  # imports torch, which the process that starts the steps does not need
+
+    score = {stage: read_result(answers_file(out, stage)) for stage in TRAINING}
+    samples: list[dict[str, Any]] = []
+    for lang in LANGUAGES:
+        answers = [answer for answer in score[LAST_STAGE]["answers"] if answer["lang"] == lang]
+        # Sampled with the seed, not selected: the fraction of wrong answers is representative.
+        samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
+    model, _, _ = load_model(out / f"{LAST_STAGE}_{dim}.pth")
+    stages = {stage: summarize_log(out / f"{stage}_{dim}.jsonl") for stage in TRAINING}
+    identity = {
+        moment: read_result(answers_file(out, stage, "identity_questions"))["counts"]
+        for moment, stage in (("before_lora", "full_sft"), ("after_lora", "lora_sft"))
+    }
+    return {
+        "parameters": model.count_parameters()[0],
+        "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 1),
+        "stages": stages,
+        "bits_per_byte": {stage: log["bits_per_byte"] for stage, log in stages.items() if log["bits_per_byte"]},
+        "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
+        "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
+        "identity": identity,
+        "exam": {name: read_result(out / "exam.json")[name] for name in EXAM_FIELDS},
+        "curves": [str(out / f"{stage}_{dim}.png") for stage in TRAINING],
+        "samples": samples,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the results of each stage and ten sampled answers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.rule("results of each stage")
+    headers = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
+    table = Table(*headers, box=None, padding=(0, 2, 0, 0))
+    for stage, moment in TRAINING.items():
+        log, right = report["stages"][stage], report["answer_accuracy"][moment]
+        bits, seconds = log["bits_per_byte"], report["seconds"][stage]
+        amount = f"{log['pairs']:,} pairs" if "pairs" in log else f"{log['tokens']:,}"
+        speed = "" if "pairs" in log else f"{log['tokens_per_second']:,}"
+        table.add_row(
+            *(stage, f"{seconds:.0f}", amount, speed, f"{log['final_loss']:.3f}"),
+            *(f"{bits[lang]:.3f}" if bits else "" for lang in LANGUAGES),
+            *(f"{right.get(lang, 0):.1%}" for lang in LANGUAGES),
+        )
+    console.print(table)
+    for line in explain_columns(report):
+        console.print(line, highlight=False)
+    console.rule("ten of the held-out questions, sampled at random")
+    for sample in report["samples"]:
+        mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
+        console.print(f"[bold]{sample['question']}[/]  {mark}", highlight=False)
+        console.print(f"    {sample['answer']}", highlight=False, markup=False)
+    console.rule("done")
+    minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
+    console.print(f"{millions:.1f} M parameters, trained from scratch; all steps took {minutes:.1f} minutes.")
+
+
+def explain_columns(report: dict[str, Any]) -> list[str]:
+    """Lines below the table: the meaning of its columns, and results without a column."""
+
+    def counts(scores: dict[str, Any]) -> str:
+        return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
+
+    kinds, identity, exam = report["answer_kinds"]["after_sft"], report["identity"], report["exam"]
+    dpo = report["stages"]["dpo"]
+    lines = [
+        "tokens: trained tokens. bits/byte: on held-out texts and answers.",
+        "right: the answer contains the exact key; no model was trained on the wording of these questions.",
+        *(f"  after SFT, {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
+        "LoRA trained a new name and job; questions with held-out wordings answered right:",
+        f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
+    ]
+    if "val_reward_accuracy" in dpo:
+        lines.append("DPO, held-out pairs whose chosen answer has the higher log-probability per token:")
+    for lang, gained in dpo.get("val_reward_accuracy", {}).items():
+        before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
+        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; reward accuracy {gained:.1%}")
+    return [*lines, f"Exam, {exam['questions']} questions with four options each:", f"  {exam['sentence']}"]
