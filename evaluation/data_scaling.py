@@ -21,8 +21,6 @@ import numpy as np
 
 from common.files import atomic_write, write_text
 from common.locks import lock_output
-from evaluation.chat_model import open_chat_model
-from evaluation.qa import chat_accuracy
 from evaluation.qa_data import read_keyed_questions
 from evaluation.tables import csv_text, table_row
 from export.hf_import import open_model
