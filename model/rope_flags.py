@@ -5,9 +5,7 @@ Imports no torch.
 Read next: rope.py (the formulas).
 """
 
-import argparse
 from dataclasses import dataclass
-from typing import Any
 
 from common.cli import Config, flag
 from common.errors import UserError
@@ -43,31 +41,6 @@ class RopeFlags(Config):
     def rope(self) -> RopeScaling | None:
         """(kind, factor), or None without the flags."""
         return (self.rope_scaling, self.rope_factor) if self.rope_scaling and self.rope_factor else None
-
-
-def add_rope_flags(parser: Any) -> None:
-    """Add both flags to an argparse parser or argument group."""
-    parser.add_argument("--rope_scaling", choices=ROPE_KINDS, help="RoPE scaling for contexts longer than in training")
-    parser.add_argument(
-        "--rope_factor",
-        type=_ROPE_FACTOR,
-        metavar="N",
-        help="with --rope_scaling: context length as a multiple of max_seq_len in training",
-    )
-
-
-def parse_rope_flags(args: argparse.Namespace) -> RopeScaling | None:
-    """(kind, factor), or None without the flags.
-
-    Raises UserError for one flag without the other or a factor out of range.
-    """
-    kind, factor = getattr(args, "rope_scaling", None), getattr(args, "rope_factor", None)
-    if (kind is None) != (factor is None):
-        raise UserError("--rope_scaling KIND and --rope_factor N: give both or neither")
-    if kind is None or factor is None:
-        return None
-    check_rope_factor(factor)
-    return kind, factor
 
 
 def check_rope_factor(factor: float) -> None:
