@@ -33,7 +33,6 @@ from trainer.loop import train
 from trainer.loss import cross_entropy_sum
 from trainer.memory import check_memory
 from trainer.mixing import MixedDataset, read_mix_schedule
-from trainer.plan import print_plan
 from trainer.stage import Stage
 from trainer.train_state import resolve_global_batch_size
 
@@ -80,6 +79,8 @@ def make_model(config: PretrainConfig, tokenizer: ChatTokenizer) -> tuple[Transf
 def main() -> None:
     config = parse(PretrainConfig, __doc__)
     if config.plan:
+        from trainer.plan import print_plan
+
         return print_plan(config)
     check_writable(config.out_dir)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -25,7 +25,6 @@ from common.cli import NameList, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from common.flag_types import parse_fractions, path_string
-from evaluation.data_scaling import run_data_scaling
 from export.hf_import import open_model
 from model.chat_template import CHAT_FORMATS
 from model.checkpoint import find_parent
@@ -89,6 +88,8 @@ def main() -> None:
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         dist.print0(f"chat format {tokenizer.chat_format.name}")
         if config.data_fractions:
+            from evaluation.data_scaling import run_data_scaling
+
             run_data_scaling(config, stage, dist, config.data_fractions, config.questions)
         else:
             train(config, stage, dist)

@@ -96,8 +96,7 @@ def flag_metadata(config: type, field: "dataclasses.Field[Any]") -> Mapping[str,
     for base in config.__mro__:
         own = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
         if own is not None and "flag" in own.metadata:
-            found: Mapping[str, Any] = own.metadata["flag"]
-            return found
+            return dict(own.metadata["flag"])
     return None
 
 

@@ -22,7 +22,8 @@ SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generat
 INVALID_NUMBERS = ("-5", "nan", "inf", "1e400", "x", "")
 # Flags that accept 0 (with its meaning) and flags that accept 0.5. Every other flag rejects them.
 ZERO_MEANINGS = {
-    "max_steps": "the epochs decide", "global_batch_size": "--batch_size", "max_minutes": "no limit", "min_lr_ratio": "to the end", "warmup_iters": "none",
+    "max_steps": "the epochs decide", "global_batch_size": "--batch_size", "max_minutes": "no limit",
+    "min_lr_ratio": "to the end", "warmup_iters": "none", "n_routed_experts": "dense", "n_active_experts": "dense",
     "warmup_ratio": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
     "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "dropout": "none",
     "n_shared_experts": "none", "balance_loss_coef": "none", "stage2_at": "nowhere", "tokens_per_param": "--epochs",
@@ -30,8 +31,7 @@ ZERO_MEANINGS = {
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "max_queue": "none",
     "max_bad_share": "not one bad row", "max_bad_fraction": "not one bad row", "val_fraction": "none",
-    "samples": "none", "min_words": "no limit",
-    "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
+    "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
@@ -39,8 +39,7 @@ FRACTIONS = {
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_fraction", "max_bad_share",
-    "max_bad_fraction", "keep_fraction",
-    "overlap", "length_penalty", "dist_timeout",
+    "max_bad_fraction", "keep_fraction", "overlap", "length_penalty", "dist_timeout",
 }  # fmt: skip
 PATHS = {
     "files",

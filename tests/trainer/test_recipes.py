@@ -1,63 +1,117 @@
-"""--recipe belle and --data_share.
+"""recipes/*.args, --recipe belle and --data_fractions.
 
-The recipe sets BELLE's hyper-parameters, flags override it, the batch is 64 rows for any number of processes; the
-schedule equals transformers'. A data-scaling study trains on nested subsets, validates all models on the same rows,
+Every recipe sets exactly its settings, flags override it, a batch is the same for any number of processes; the schedule
+equals transformers'. A data-scaling study trains on nested subsets, validates all models on the same rows,
 resumes, and writes a table and a plot.
 """
 
 import csv
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
+from common import cli
 from common.errors import UserError
-from tests.helpers import IGNORE_TOKEN_FOLDERS, read_jsonl, run_script
+from corpus.mixing import MixSpec
+from tests.helpers import IGNORE_TOKEN_FOLDERS, ROOT, load_script, read_jsonl, run_script
 from trainer.config import TrainConfig
-from trainer.legacy_config import make_training_parser
+from trainer.distributed import DistContext
 from trainer.optim import lr_multiplier
-from trainer.recipes import add_recipe_flag, describe_recipe
+from trainer.train_state import micro_batch_size, resolve_global_batch_size
+
+SCRIPTS = {  # recipe -> its script and the settings that it changes
+    "belle-sft": ("3-full_sft.py", {"global_batch_size": 64, "learning_rate": 3e-6, "epochs": 3, "weight_decay": 0.001,
+        "warmup_ratio": 0.1, "optimizer": "adamw"}),
+    "minimind-v1-pretrain": ("1-pretrain.py", {"global_batch_size": 64, "learning_rate": 1e-4, "min_lr_ratio": 0.1,
+        "epochs": 5, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0, "warmup_iters": 0}),
+    "minimind-v1-sft-single": ("3-full_sft.py", {"global_batch_size": 64, "learning_rate": 1e-5, "min_lr_ratio": 0.1,
+        "epochs": 6, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0, "warmup_iters": 0,
+        "data_path": "dataset/sft_single"}),
+    "minimind-v1-sft-multi": ("3-full_sft.py", {"global_batch_size": 64, "learning_rate": 1e-5, "min_lr_ratio": 0.1,
+        "epochs": 5, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0, "warmup_iters": 0,
+        "data_path": "dataset/sft_multi"}),
+    "minimind-v1-dpo": ("5-dpo_train.py", {"global_batch_size": 64, "learning_rate": 1e-5, "optimizer": "adamw"}),
+    "mindllm-two-stage": ("1-pretrain.py", {"preset": "mindllm-1.3b", "mix": MixSpec({"en": 1.0}, False),
+        "stage2_mix": MixSpec({"zh": 1.0}, False), "stage2_at": 0.746}),
+    "xiangxin-20-per-param": ("1-pretrain.py", {"preset": "xiangxin-3b", "tokens_per_param": 20.0}),
+    "demo-pretrain": ("1-pretrain.py", {"preset": "demo", "epochs": 2, "batch_size": 16, "max_minutes": 3.75}),
+    "demo-sft": ("3-full_sft.py", {"learning_rate": 3e-3, "max_minutes": 2.0}),
+    "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16, "learning_rate": 2.5e-3,
+        "max_minutes": 0.7}),
+    "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "max_minutes": 0.7, "eval_interval": 15,
+        "log_interval": 2}),
+}  # fmt: skip
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    def parse(*flags, world=1):
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        parser = make_training_parser(
-            "", {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2
-        )
-        add_recipe_flag(parser)
-        return parser.parse_args([str(flag) for flag in flags])
-
-    return parse
+class Parsed(Exception):
+    """Carries the configuration that a script has parsed."""
 
 
-def test_belle_recipe_sets_its_hyperparameters(parse):
-    args = parse("--recipe", "belle")
-    assert (args.batch_size, args.accumulation_steps, args.learning_rate, args.epochs) == (64, 1, 3e-6, 3)
-    assert (args.weight_decay, args.warmup_share, args.schedule, args.optimizer) == (0.001, 0.1, "linear", "adamw")
-    assert describe_recipe(args) == (
-        "recipe belle: batch_size 64, accumulation_steps 1, learning_rate 3e-06, epochs 3, weight_decay 0.001, "
-        "warmup_share 0.1, schedule linear, optimizer adamw"
-    )
-    plain = parse()
-    assert (plain.batch_size, plain.learning_rate, plain.epochs, plain.warmup_share) == (32, 5e-4, 2, 0.0)
+def parse(script, *flags):
+    """The configuration that the script's main() parses from these flags."""
+    module = load_script(script)
+
+    def capture(config, *arguments, **options):
+        raise Parsed(cli.parse(config, *arguments, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "parse", capture)
+        patch.setattr("sys.argv", [script, *map(str, flags)])
+        with pytest.raises(Parsed) as parsed:
+            module.main()
+    return parsed.value.args[0]
 
 
-def test_flags_override_the_recipe(parse):
-    args = parse("--epochs", 1, "--recipe", "belle", "--learning_rate", 1e-4, "--warmup_iters", 5, "--batch_size", 8)
-    assert (args.epochs, args.learning_rate, args.warmup_iters, args.warmup_share) == (1, 1e-4, 5, 0.0)
-    assert args.batch_size == 8 and args.weight_decay == 0.001
-    assert parse("--recipe", "belle", "--optimizer", "muon").learning_rate == 3e-6
+def changed(config):
+    """The settings that differ from the defaults."""
+    default = type(config)()
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
 
 
-def test_recipe_batch_is_split_over_processes_and_accumulation(parse):
-    for world, accumulation, rows in ((1, 8, 8), (2, 1, 32), (4, 2, 8)):
-        args = parse("--recipe", "belle", "--accumulation_steps", accumulation, world=world)
-        assert args.batch_size == rows
+def test_every_recipe_is_listed_and_names_its_source():
+    files = sorted((ROOT / "recipes").glob("*.args"))
+    assert [file.stem for file in files] == sorted(SCRIPTS)
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("# ") and f"@recipes/{file.name}" in text and f"`{file.name}`" in table
+
+
+@pytest.mark.parametrize("recipe", SCRIPTS)
+def test_a_recipe_sets_exactly_its_settings(recipe):
+    script, expected = SCRIPTS[recipe]
+    found = changed(parse(script, f"@{ROOT}/recipes/{recipe}.args"))
+    assert {name: found.get(name) for name in expected} == expected
+    if not recipe.startswith("demo-"):
+        assert found == expected
+
+
+def test_recipe_belle_is_an_alias():
+    file = parse("3-full_sft.py", f"@{ROOT}/recipes/belle-sft.args")
+    assert parse("3-full_sft.py", "--recipe", "belle") == file
+    assert file.warmup == (0, 0.1)
+    with pytest.raises(UserError, match="choose one of belle"):
+        parse("3-full_sft.py", "--recipe", "other")
+
+
+def test_flags_override_the_recipe():
+    flags = ("--epochs", 1, "--recipe", "belle", "--learning_rate", 1e-4, "--warmup_iters", 5, "--global_batch_size", 8)
+    config = parse("3-full_sft.py", *flags)
+    assert (config.epochs, config.learning_rate, config.warmup, config.global_batch_size) == (1, 1e-4, (5, 0.0), 8)
+    assert config.weight_decay == 0.001
+    assert parse("3-full_sft.py", "--recipe", "belle", "--optimizer", "muon").learning_rate == 3e-6
+
+
+def test_recipe_batch_is_split_over_processes(tmp_path):
+    config = parse("3-full_sft.py", "--recipe", "belle", "--out_dir", tmp_path)
+    for world, rows in ((1, 32), (2, 32), (4, 16), (64, 1)):
+        assert micro_batch_size(config, 64, world) == rows
     with pytest.raises(UserError, match="3 processes"):
-        parse("--recipe", "belle", world=3)
+        resolve_global_batch_size(config, tmp_path / "full_sft_32.pth", DistContext(world_size=3))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
