@@ -13,7 +13,6 @@ Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_cha
 
 import itertools
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 from corpus.language import is_missing, require_text, stringify_number
@@ -47,12 +46,12 @@ _QA_PREFIX = re.compile(r"\s*[问答][:：]\s*")  # prefix of each text in a lis
 _MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*")
 
 
-@dataclass
 class RowNotes:
     """Notes on the parsing of a row: descriptions of edits, and filled keys that are ignored."""
 
-    changes: dict[str, None] = field(default_factory=dict)
-    unused: dict[str, None] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.changes: dict[str, None] = {}
+        self.unused: dict[str, None] = {}
 
 
 def trim_unanswered(messages: list[Message]) -> list[Message]:

@@ -146,8 +146,7 @@ class _Row:
         key = self.text_key()
         if key is not None:
             self._require_weight()
-            text = require_text(self.row[key], key)
-            self.used.add(key)
+            text, self.used = require_text(self.row[key], key), {key}
             return RowContent("text", text, unused=self._unused_keys([make_message("user", text)]))
         if "messages" in self.fields or "answer" in self.fields:
             return self.read_chat()
@@ -158,10 +157,11 @@ class _Row:
 
     def text_key(self) -> str | None:
         """The key of the document; in a chat row, passage and completion belong to the chat."""
-        answers, contexts = self.keys("answer"), self.keys("context")
-        is_chat = answers and len({*answers, *self.keys("prompt"), *contexts}) > 1
-        of_chat = {*answers, *contexts} if is_chat else ()
-        return next((key for key in self.keys("text") if key not in of_chat), None)
+        texts, of_chat = self.fields.get("text", ()), set[str]()
+        if texts and (answers := self.fields.get("answer")):
+            keys = {*answers, *self.keys("context")}
+            of_chat = keys if len(keys.union(self.keys("prompt"))) > 1 else of_chat
+        return next((key for key in texts if key not in of_chat), None)
 
     # ---- chats ----
     def read_chat(self) -> RowContent:
@@ -304,9 +304,9 @@ class _Row:
         """The filled keys that were not read, except metadata and texts that equal a message."""
         if not isinstance(self.row, dict):
             return []
-        unused = []
+        unused, used = [], self.used
         for key, value in self.row.items():
-            if key in self.used or key in METADATA_KEYS or str(key).lower() in METADATA_KEYS or not is_filled(value):
+            if key in used or key in METADATA_KEYS or str(key).lower() in METADATA_KEYS or not is_filled(value):
                 continue
             if not isinstance(value, str) or not any(value == turn["content"] for turn in messages):
                 unused.append(str(key))
