@@ -8,12 +8,13 @@ import pytest
 
 from tests.structure.banned_words import BANNED, banned, phrases
 from tests.structure.documents import missing, path_lines, reading_path
-from tests.structure.imports import Size, closure, cycles, layer_violations, size, unused_sideways
+from tests.structure.imports import Size, closure, cycles, layer_violations, lazy_imports, size, unused_sideways
 from tests.structure.sources import (
     argparse_importers,
     long_files,
     long_functions,
     namespace_users,
+    part_lines,
     repeated_names,
 )
 from tests.structure.table import limits, table
@@ -112,12 +113,14 @@ CLOSURE = {
 }
 
 
-def test_a_closure_counts_lazy_imports_of_the_script_and_not_those_of_libraries(project):
+def test_a_closure_counts_imports_in_functions_only_if_asked(project):
     root = project(CLOSURE)
     found = closure(root, "1-pretrain.py")
-    assert found == {"1-pretrain.py", "model/a.py", "model/b.py", "model/d.py"}
-    assert closure(root, "1-pretrain.py", lazy=True) == found | {"model/c.py"}
-    assert size(root, found) == Size(files=4, lines=11, classes=2)
+    assert found == {"1-pretrain.py", "model/a.py"}
+    assert closure(root, "1-pretrain.py", lazy=True) == found | {"model/b.py", "model/c.py", "model/d.py"}
+    assert size(root, found) == Size(files=2, lines=9, classes=2)
+    assert lazy_imports(root) == {"1-pretrain.py: model/b.py", "model/a.py: model/c.py"}
+    assert part_lines(root) == {"core": 11, "applications": 0}
 
 
 def test_a_closure_above_its_budget_is_found_and_so_is_a_loose_budget():
@@ -230,9 +233,9 @@ def test_a_public_name_in_two_files_is_found_and_private_imported_and_local_ones
 @pytest.mark.parametrize(
     "text", ["import argparse", "def f():\n    from argparse import Action", "import argparse as a"]
 )
-def test_an_import_of_argparse_below_the_scripts_is_found(project, text):
+def test_an_import_of_argparse_is_found(project, text):
     root = project({"model/a.py": text, "model/b.py": "import json  # argparse", "a.py": text})
-    assert argparse_importers(root) == {"model/a.py"}
+    assert argparse_importers(root) == {"model/a.py", "a.py"}
 
 
 @pytest.mark.parametrize(
@@ -243,9 +246,9 @@ def test_an_import_of_argparse_below_the_scripts_is_found(project, text):
         "from argparse import Namespace",
     ],
 )
-def test_a_namespace_below_the_scripts_is_found_and_that_of_another_library_is_not(project, text):
+def test_a_namespace_is_found_and_that_of_another_library_is_not(project, text):
     other = '"""Takes an argparse.Namespace."""\nfrom jinja2.utils import Namespace\n'
-    assert namespace_users(project({"model/a.py": text, "model/b.py": other, "a.py": text})) == {"model/a.py"}
+    assert namespace_users(project({"model/a.py": text, "model/b.py": other, "a.py": text})) == {"model/a.py", "a.py"}
 
 
 def test_long_files_and_functions_are_found(project):
@@ -371,10 +374,10 @@ def test_the_table_shows_packages_closures_cycles_and_repeated_names(project):
     )
     text = table(root)
     assert "| model/ | 7 | " in text and "| scripts | 2 | " in text
-    assert "| `1-pretrain.py` | 4 / 11 / 2 | 5 / 13 / 3 |" in text
+    assert "| `1-pretrain.py` | 2 / 9 / 2 | 5 / 13 / 3 |" in text
     assert "Import cycles: 1\n* model/a.py, model/c.py" in text
     assert "Public names defined more than once: 2, 0 of them constants\n* `Row`: corpus/d.py, model/c.py" in text
-    assert '"1-pretrain.py": Size(4, 11, 2),' in limits(root)
+    assert '"1-pretrain.py": Size(2, 9, 2),' in limits(root)
 
 
 @pytest.mark.parametrize(

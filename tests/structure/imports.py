@@ -131,10 +131,15 @@ def _reached(start: Iterable[str], follow: Callable[[str], Iterable[str]]) -> se
 def closure(root: Path, script: str, lazy: bool = False) -> set[str]:
     """The files that a script imports directly or indirectly, and the script itself.
 
-    All imports of the script count, also those inside functions. Of the other files, imports at module level and in
-    TYPE_CHECKING blocks count; with `lazy`, imports inside their functions (optional branches) count too.
+    Imports at module level and in TYPE_CHECKING blocks count; with `lazy`, imports inside functions (optional branches)
+    count too.
     """
-    return _reached([script], lambda path: targets(root, path, lazy or path == script))
+    return _reached([script], lambda path: targets(root, path, lazy))
+
+
+def lazy_imports(root: Path) -> set[str]:
+    """The imports of project files inside functions, as "importing file: imported file"."""
+    return {f"{one.source}: {one.target}" for one in imports(root) if one.lazy}
 
 
 def size(root: Path, paths: Iterable[str]) -> Size:

@@ -19,6 +19,7 @@ SIDEWAYS = {
     "evaluation": {"export"},
 }
 LESSONS = ("1-pretrain.py", "2-eval.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py")
+CORE_SCRIPTS = ("train_tokenizer.py", "data_process.py", *LESSONS)
 SCRIPTS = "scripts"  # name of the layer that holds the files at the root
 OUTSIDE = ("tests", "benchmarks")  # folders with Python files outside all layers
 
@@ -91,8 +92,8 @@ def repeated_names(root: Path) -> dict[str, list[str]]:
 
 
 def argparse_importers(root: Path) -> set[str]:
-    """Files of packages that import argparse, at module level or in a function."""
-    return {source.path for source in _below_scripts(root) if _imports_argparse(source)}
+    """Files that import argparse, at module level or in a function."""
+    return {source.path for source in sources(root).values() if _imports_argparse(source)}
 
 
 def _imports_argparse(source: Source) -> bool:
@@ -105,8 +106,8 @@ def _imports_argparse(source: Source) -> bool:
 
 
 def namespace_users(root: Path) -> set[str]:
-    """Files of packages that use argparse.Namespace, also in a quoted annotation."""
-    return {source.path for source in _below_scripts(root) if _names_namespace(source)}
+    """Files that use argparse.Namespace, also in a quoted annotation."""
+    return {source.path for source in sources(root).values() if _names_namespace(source)}
 
 
 def _names_namespace(source: Source) -> bool:
@@ -123,14 +124,19 @@ def _names_namespace(source: Source) -> bool:
     return False
 
 
-def _below_scripts(root: Path) -> list[Source]:
-    return [source for source in sources(root).values() if source.package != SCRIPTS]
-
-
 def docstrings(tree: ast.Module) -> list[ast.Constant]:
     """The docstrings of a module, its classes, functions and fields."""
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]  # fmt: skip
+
+
+def part_lines(root: Path) -> dict[str, int]:
+    """Lines of the core and of the applications, each with its scripts. Data files do not count."""
+    lines = {"core": 0, "applications": 0}
+    for source in sources(root).values():
+        is_core = source.package in CORE or source.path in CORE_SCRIPTS
+        lines["core" if is_core else "applications"] += source.lines
+    return lines
 
 
 def long_files(root: Path, limit: int) -> dict[str, int]:
