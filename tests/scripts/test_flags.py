@@ -31,7 +31,8 @@ ZERO_MEANINGS = {
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "max_queue": "none",
     "max_bad_share": "not one bad row", "max_bad_fraction": "not one bad row", "val_fraction": "none",
-    "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
+    "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads",
+    "no_repeat_ngram_size": "off",
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
