@@ -111,7 +111,9 @@ def test_recipe_batch_is_split_over_processes(tmp_path):
     for world, rows in ((1, 32), (2, 32), (4, 16), (64, 1)):
         assert micro_batch_size(config, 64, world) == rows
     with pytest.raises(UserError, match="3 processes"):
-        resolve_global_batch_size(config, tmp_path / "full_sft_32.pth", DistContext(world_size=3))
+        resolve_global_batch_size(
+            config, tmp_path / "full_sft_32.pth", DistContext(torch.device("cpu"), torch.float32, world_size=3)
+        )
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
