@@ -30,7 +30,6 @@ from common.cli import flag, parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
 from common.flag_types import non_negative_float, positive_float
-from corpus.examples import PairExample
 from export.hf_import import open_model
 from model.checkpoint import find_parent
 from trainer import dpo
@@ -123,7 +122,7 @@ def main() -> None:
     model = dpo.without_dropout(model)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
-        folder = tokenized_folder(config.data_path, max_seq_len, tokenizer, dist, PairExample)
+        folder = tokenized_folder(config.data_path, "pairs", max_seq_len, tokenizer, dist)
         check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"

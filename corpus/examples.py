@@ -43,7 +43,6 @@ class ChatExample:
     line: int = 0
 
     kind: ClassVar[str] = "chats"  # "kind" in the meta.json of the token folder
-    command: ClassVar[str] = "sft"  # of data_process.py
 
     def to_row(self) -> dict[str, Any]:
         """The example as a row of train.jsonl or val.jsonl."""
@@ -70,7 +69,6 @@ class PairExample:
     line: int = 0
 
     kind: ClassVar[str] = "pairs"
-    command: ClassVar[str] = "dpo"
 
     @property
     def answers(self) -> tuple[list[Message], list[Message]]:

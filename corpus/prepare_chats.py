@@ -23,7 +23,8 @@ from corpus.examples import ChatExample, next_batch
 from corpus.job_state import input_fingerprints
 from corpus.provenance import read_provenance
 from corpus.stats import DataStats
-from corpus.tokenize_chats import ROW_FILES, append_chats, finish_tokens, token_folder_name, token_inputs
+from corpus.token_folder import ROW_FILES, token_folder_name, token_inputs
+from corpus.tokenize_chats import append_chats, finish_tokens
 from corpus.validation_split import Assigned, ValidationSplit
 from model.tokenizer import ChatTokenizer
 
@@ -116,5 +117,5 @@ class ChatWriter(DatasetWriter):
         """Finish all files. Raises UserError if no example is in the train split."""
         self.close_files()
         example_type = self.config.example_type
-        job = token_inputs(self.folder, self.config.max_seq_len, example_type)
+        job = token_inputs(self.folder, self.config.max_seq_len, example_type.kind)
         finish_tokens(self.shards, self.tokenizer, job, stats, example_type.kind)

@@ -147,7 +147,8 @@ class _Row:
         if key is not None:
             self._require_weight()
             text, self.used = require_text(self.row[key], key), {key}
-            return RowContent("text", text, unused=self._unused_keys([make_message("user", text)]))
+            unused = self._unused_keys([make_message("user", text)]) if len(self.row) > 1 else []
+            return RowContent("text", text, unused=unused)
         if "messages" in self.fields or "answer" in self.fields:
             return self.read_chat()
         for key in self.row:
@@ -157,11 +158,12 @@ class _Row:
 
     def text_key(self) -> str | None:
         """The key of the document; in a chat row, passage and completion belong to the chat."""
-        texts, of_chat = self.fields.get("text", ()), set[str]()
-        if texts and (answers := self.fields.get("answer")):
-            keys = {*answers, *self.keys("context")}
-            of_chat = keys if len(keys.union(self.keys("prompt"))) > 1 else of_chat
-        return next((key for key in texts if key not in of_chat), None)
+        texts, answers = self.keys("text"), self.keys("answer")
+        if not texts or not answers:
+            return texts[0] if texts else None
+        of_chat = {*answers, *self.keys("context")}
+        is_chat = len(of_chat.union(self.keys("prompt"))) > 1
+        return next((key for key in texts if not (is_chat and key in of_chat)), None)
 
     # ---- chats ----
     def read_chat(self) -> RowContent:

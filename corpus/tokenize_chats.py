@@ -8,9 +8,7 @@ Read next: render_chats.py and render_pairs.py (the masks), shard_writer.py (fil
 jsonl files).
 """
 
-import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +17,18 @@ from typing import Any
 from common.errors import CHAT_FORMAT_ADVICE, UserError
 from common.files import PathLike, remove, replace_folder, report_write_errors, temporary_path
 from common.locks import lock_output
-from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, read_meta, resolve_link, warn_no_checksums, write_meta
+from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, resolve_link, warn_no_checksums, write_meta
 from corpus.examples import ChatExample, PairExample, next_batch
 from corpus.render_chats import MaskedTokens, render_chat_examples
 from corpus.render_pairs import render_pair_examples
 from corpus.shard_writer import ShardSet
 from corpus.stats import DataStats
+from corpus.token_folder import data_command, is_current, token_folder_name, token_inputs
 from corpus.validation_split import Assigned
 from model.tokenizer import ChatTokenizer
 
 ExampleType = type[ChatExample] | type[PairExample]
-ROW_FILES = ("train.jsonl", "val.jsonl")
 REFUSAL_PREFIXES = ("the model's chat template ", "the chat format ")  # of the reasons why a chat cannot be rendered
-
-
-def token_folder_name(tokenizer: ChatTokenizer) -> str:
-    """tokens-<rendering fingerprint>: the fingerprint of the tokenizer and its chat template."""
-    return f"tokens-{tokenizer.rendering_fingerprint}"
 
 
 def tokenize_chats(
@@ -48,11 +41,11 @@ def tokenize_chats(
     """
     folder = Path(folder)
     target = folder / token_folder_name(tokenizer)
-    job = token_inputs(folder, max_seq_len, example_type)
-    if _is_current(target, job):
+    job = token_inputs(folder, max_seq_len, example_type.kind)
+    if is_current(target, job):
         return target
     with lock_output(target, wait=True), report_write_errors(target):
-        if _is_current(target, job):  # another process has built it while this one waited for the lock
+        if is_current(target, job):  # another process has built it while this one waited for the lock
             return target
         staged = temporary_path(target, "tmp")
         remove(staged)
@@ -128,45 +121,14 @@ def _read_stored_examples(folder: Path, example_type: ExampleType) -> Iterator[t
                 try:
                     example = example_type.from_row(json.loads(line.decode()), path.name, number)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    command = f"data_process.py {example_type.command}"
+                    command = data_command(example_type.kind)
                     raise UserError(
                         f"{path}:{number}: not a row that data_process.py wrote: run {command} again"
                     ) from None
                 yield ("train" if name == "train" else f"val_{example.language}"), example
         if not has_grown and f"{crc:08x}" != expected:
+            command = f"python {data_command(example_type.kind)} FILES…"
             raise UserError(
-                f"{path} is damaged (it differs from its checksum in meta.json): run `python data_process.py "
-                f"{example_type.command} FILES…` again; if you edited rows by hand, pass the edited file as FILES"
+                f"{path} is damaged (it differs from its checksum in meta.json): run `{command}` again; if you edited "
+                "rows by hand, pass the edited file as FILES"
             )
-
-
-def token_inputs(folder: Path, max_seq_len: int, example_type: ExampleType) -> dict[str, Any]:
-    """The inputs of a token folder besides the tokenizer; meta.json stores them to detect an outdated folder."""
-    return {"max_seq_len": max_seq_len, "source": _fingerprint_rows(folder, example_type)}
-
-
-def _fingerprint_rows(folder: Path, example_type: ExampleType) -> dict[str, str]:
-    """Fingerprints of the jsonl files, from size, first and last MiB: fast enough to check at every start."""
-    result = {}
-    for name in ROW_FILES:
-        path = folder / name
-        if not path.is_file():
-            command = f"python data_process.py {example_type.command} FILES…"
-            raise UserError(f"no {example_type.kind} in {folder} ({name} is missing): run `{command}` first")
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-            for start in (0, max(0, size - (1 << 20))):
-                file.seek(start)
-                digest.update(file.read(1 << 20))
-        result[name] = digest.hexdigest()
-    return result
-
-
-def _is_current(target: Path, job: dict[str, Any]) -> bool:
-    """Whether a token folder exists that was built from these inputs."""
-    try:
-        meta = read_meta(target)
-    except UserError:
-        return False
-    return all(meta.get(name) == value for name, value in job.items())
