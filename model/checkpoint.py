@@ -38,13 +38,13 @@ from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
+UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError
 LOAD_ERRORS = (  # raised by torch.load for damaged or foreign files
     RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-    AssertionError, ImportError, MemoryError, struct.error,
+    AssertionError, ImportError, struct.error, zipfile.BadZipFile, UnpicklingError,
 )  # fmt: skip
 LoadedModel = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
 FolderLoader = Callable[[str | os.PathLike[str], str | torch.device], LoadedModel]
-UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError
 
 # Stage -> the stages that it may start from, preferred first.
 PARENT_STAGES: dict[str, tuple[str, ...]] = {
@@ -137,7 +137,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
-    except (*LOAD_ERRORS, UnpicklingError, zipfile.BadZipFile) as error:
+    except (*LOAD_ERRORS, MemoryError) as error:  # a damaged size may ask for too much memory
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         advice = "the file is damaged or foreign: copy it again or train it again"
         raise UserError(f"cannot read {path} as a checkpoint ({reason[:120]}): {advice}") from None

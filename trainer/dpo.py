@@ -11,9 +11,6 @@ Read next: ../5-dpo_train.py (the loss), datasets.py (PreferenceDataset), loop.p
 
 import dataclasses
 import hashlib
-import pickle
-import struct
-import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from torch import Tensor
 from common.checksums import find_damaged_record
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from model.checkpoint import atomic_save, model_state_dict, state_fingerprint
+from model.checkpoint import LOAD_ERRORS, atomic_save, model_state_dict, state_fingerprint
 from model.generate import generate
 from model.repetition import has_loop
 from model.sampling import SamplingParams
@@ -38,11 +35,6 @@ from trainer.metrics import MetricRow
 # Allowed deviation of the first loss from its expected value E, divided by max(1, E).
 REFERENCE_TOLERANCE = 0.01  # fp32 and TF32
 LOW_PRECISION_TOLERANCE = 0.05  # bf16 and fp16
-# Raised while a damaged or foreign file is read.
-READ_ERRORS = (
-    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError,
-    struct.error, zipfile.BadZipFile, pickle.UnpicklingError,
-)  # fmt: skip
 REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, max_new_tokens per answer
 LANGUAGE_MIX_TOLERANCE = 0.25  # warn if the fractions of Chinese rows differ by more
 
@@ -93,7 +85,7 @@ def read_reference(path: Path, key: dict[str, str], splits: Collection[str]) -> 
         cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         log_probs: dict[str, Tensor] = cached["log_probs"]
         return log_probs if cached["key"] == key and log_probs.keys() == set(splits) else None
-    except READ_ERRORS:
+    except LOAD_ERRORS:
         return None
 
 

@@ -133,6 +133,9 @@ READ_ONLY = {
     "web_demo.py",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
+    "benchmarks.journeys",
+    "benchmarks.call_recorder",
+    "benchmarks.compare_commits",
 }
 
 

@@ -90,6 +90,8 @@ def test_no_call_in_the_source_executes_its_input(record_attacks):
     assert len(SOURCES) > 100
     found = {str(file.relative_to(ROOT)): reasons for file in SOURCES
              if (reasons := find_executing_calls(ast.parse(file.read_text(encoding="utf-8"))))}  # fmt: skip
+    # It runs a script of the checkout that is named on its command line, as Python does.
+    assert found.pop("benchmarks/call_recorder.py")[0].endswith("calls runpy.run_path")
     assert not found
     record_attacks("source files searched for calls that execute", len(SOURCES), found=0)
 
