@@ -5,7 +5,7 @@
         data_path: str = flag("dataset/pretrain", "folder written by data_process.py", type=path_string)
         batch_size: int = flag(8, "rows per forward pass", type=positive_int, aliases=("batch",))
 
-    config = parse(TrainConfig, __doc__)     python train.py --batch_size 16 @recipes/belle-sft.args
+    config = parse(TrainConfig, __doc__)     python 1-pretrain.py --batch_size 16 @recipes/belle-sft.args
 
 `@FILE.args` reads flags from a file: one or several per line, # starts a comment. Flags of the command line override
 those of the file, wherever they stand. Aliases are accepted, but --help does not list them. Invalid values are rejected
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from common.errors import UserError
 from common.flag_types import NumberType, split_names
@@ -96,7 +96,7 @@ def flag_metadata(config: type, field: "dataclasses.Field[Any]") -> Mapping[str,
     for base in config.__mro__:
         own = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
         if own is not None and "flag" in own.metadata:
-            return dict(own.metadata["flag"])
+            return cast("Mapping[str, Any]", own.metadata["flag"])
     return None
 
 

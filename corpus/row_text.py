@@ -89,13 +89,13 @@ class RowReader(RowKeys):
             specific = [reason for reason in reasons if str(reason) not in (NO_PAIR_KEYS, _NO_CHAT_KEYS, _NO_TEXT_KEY)]
             raise min(specific, key=lambda reason: not isinstance(reason, DroppedRow),
                       default=BadRow("no text key, and no chat"))  # fmt: skip
-        best = found[0]
         if len(found) == 1:
-            return best
+            return found[0]
         texts: dict[str, None] = {}
         for other in found:
             turns = [*other.messages, *(turn for answer in other.answers for turn in answer)]
             texts.update(dict.fromkeys([turn["content"] for turn in turns] or [other.text]))
+        best = found[0]
         unused = [key for key in best.unused if all(key in other.unused for other in found)]
         return RowContent(best.kind, "\n".join(texts), best.messages, best.answers, best.changes, unused)
 
@@ -158,8 +158,7 @@ class _Row:
 
     def text_key(self) -> str | None:
         """The key of the document; in a chat row, passage and completion belong to the chat."""
-        texts, answers = self.keys("text"), self.keys("answer")
-        if not texts or not answers:
+        if not (texts := self.keys("text")) or not (answers := self.keys("answer")):
             return texts[0] if texts else None
         of_chat = {*answers, *self.keys("context")}
         is_chat = len(of_chat.union(self.keys("prompt"))) > 1
@@ -168,8 +167,8 @@ class _Row:
     # ---- chats ----
     def read_chat(self) -> RowContent:
         messages = apply_turn_rules(self._messages(), self.notes)
-        changes, unused = list(self.notes.changes), self._unused_keys(messages)
-        return RowContent("chat", chat_text(messages), messages, changes=changes, unused=unused)
+        unused = self._unused_keys(messages)
+        return RowContent("chat", chat_text(messages), messages, changes=list(self.notes.changes), unused=unused)
 
     def _messages(self) -> list[Message]:
         """The messages of the row, before the turn rules."""
@@ -299,16 +298,16 @@ class _Row:
             conversations.append([make_message(turn["role"], turn["content"]) for turn in messages])
         prompt, *answers = split_pair(*conversations)
         turns = [*prompt, *answers[0], *answers[1]]
-        changes, unused = list(self.notes.changes), self._unused_keys(turns)
-        return RowContent("pair", chat_text(turns), prompt, tuple(answers), changes, unused)
+        unused = self._unused_keys(turns)
+        return RowContent("pair", chat_text(turns), prompt, tuple(answers), list(self.notes.changes), unused)
 
     def _unused_keys(self, messages: list[Message]) -> list[str]:
         """The filled keys that were not read, except metadata and texts that equal a message."""
         if not isinstance(self.row, dict):
             return []
-        unused, used = [], self.used
+        unused = []
         for key, value in self.row.items():
-            if key in used or key in METADATA_KEYS or str(key).lower() in METADATA_KEYS or not is_filled(value):
+            if key in self.used or key in METADATA_KEYS or str(key).lower() in METADATA_KEYS or not is_filled(value):
                 continue
             if not isinstance(value, str) or not any(value == turn["content"] for turn in messages):
                 unused.append(str(key))

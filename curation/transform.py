@@ -96,7 +96,7 @@ class Transform:
 
 
 def read_numbered_rows(
-    paths: list[PathLike], report: DataStats, number: int = 0, reader: RowReader = DEFAULT_READER
+    paths: Sequence[PathLike], report: DataStats, number: int = 0, reader: RowReader = DEFAULT_READER
 ) -> Iterator[NumberedRow]:
     """Yield the rows that a training command reads, numbered from `number`. Raises UserError as `read_contents`."""
     for file, line, row, content in read_contents(paths, report, "any", reader.read_content):

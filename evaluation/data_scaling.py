@@ -21,6 +21,8 @@ import numpy as np
 
 from common.files import atomic_write, write_text
 from common.locks import lock_output
+from evaluation.chat_model import open_chat_model
+from evaluation.qa import chat_accuracy
 from evaluation.qa_data import read_keyed_questions
 from evaluation.tables import csv_text, table_row
 from export.hf_import import open_model
@@ -118,9 +120,6 @@ def train_and_score_subset(
     question_set = [[question["question"], *question["keys"]] for question in questions]
     if dist.is_rank0:  # the other ranks wait: generation is short compared with training
         if question_set and saved.get("asked") != question_set:
-            from evaluation.chat_model import open_chat_model  # only with --questions
-            from evaluation.qa import chat_accuracy
-
             saved |= {"asked": question_set}
             saved["row"]["right"] = chat_accuracy(open_chat_model(path, dist.device, dist.dtype), questions)
         write_text(result_path, json.dumps(saved, ensure_ascii=False))
