@@ -137,7 +137,6 @@ class _Row:
         applies = ((pair, _Row.read_pair), (chat, _Row.read_chat), (text is not None, _Row.read_text))
         return [read for may_read, read in applies if may_read] or [_Row.read_chat, _Row.read_text]
 
-    # ---- text ----
     def read_text(self) -> RowContent:
         if isinstance(self.row, str):
             return RowContent("text", require_text(self.row, "text"))
