@@ -133,7 +133,7 @@ import torch
 from model.config import ModelConfig
 from model.transformer import Transformer
 from trainer.metrics import peak_memory_mb
-from trainer.loss import cross_entropy_sum, output_weight
+from trainer.loss import cross_entropy_sum
 from trainer.optim import make_optimizers
 
 fields, rows, seq, optimizer, bf16, recompute = json.loads(sys.argv[1])
@@ -141,8 +141,8 @@ fields, rows, seq, optimizer, bf16, recompute = json.loads(sys.argv[1])
 def train(model, optimizers, ids):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         hidden, balance = model(ids)
-        loss, count = cross_entropy_sum(hidden, output_weight(model), ids)
-    (loss / count + balance).backward()
+        loss = cross_entropy_sum(hidden, model.lm_head.weight, ids)
+    (loss / ids.numel() + balance).backward()
     for each in optimizers:
         each.step()
         each.zero_grad()
