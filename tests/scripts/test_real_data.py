@@ -42,7 +42,7 @@ def test_real_text_becomes_a_model_that_answers(tmp_path):
     data = ["--data_path", tmp_path / "pretrain", "--tokenizer", tokenizer]
     output = run_checked("1-pretrain.py", *data, *SIZE, *common, 0.4)
     assert "± 0.15: ok" in output, "the first loss is ln(vocabulary)"
-    run_checked("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2)
+    run_checked("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2, "--log_interval", 1)
 
     log = read_jsonl(out / "pretrain_128.jsonl")
     losses = [row["loss"] for row in log if "loss" in row]
