@@ -96,7 +96,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.jobs: deque[Job] = deque()
         self.seconds_per_request = 1.0  # exponential moving average, for Retry-After
-        self.lock = threading.Lock()  # guards the three collections; no step holds it while the model computes
+        self.lock = threading.RLock()  # guards the three collections; no step holds it while the model computes
 
     @property
     def has_work(self) -> bool:
@@ -128,8 +128,8 @@ class Scheduler:
             raise ValueError(f"num_beams {max_beams}: this server decodes at most {self.max_num_seqs} rows at once")
         if num_new > capacity:
             raise ValueError(f"{num_new} answers in one request are too many: at most {capacity} are accepted")
-        self.check_capacity(num_new)
         with self.lock:
+            self.check_capacity(num_new)
             self.waiting.extend(item for item in work if isinstance(item, Request))
             self.jobs.extend(item for item in work if not isinstance(item, Request))
 

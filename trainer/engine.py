@@ -193,9 +193,11 @@ class FSDPEngine(Engine):
 
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
-        with super().eval_mode():
-            yield
-        self.module.reshard()  # without a backward pass the gathered weights would stay in memory
+        try:
+            with super().eval_mode():
+                yield
+        finally:
+            self.module.reshard()  # without a backward pass the gathered weights would stay in memory
 
     @torch.no_grad()
     def gather_weights(self) -> None:
