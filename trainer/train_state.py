@@ -33,6 +33,7 @@ from trainer.state_files import DamagedStateFile, SavedState, rank_file_stem, re
 
 RESTART_ADVICE = "start anew with --resume never"
 MAX_RANKS = 100_000
+ROW_ORDER = "permutation"  # of rows of equal length; earlier versions had another order
 # Keys of the state_dict of torch.amp.GradScaler.
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -174,6 +175,7 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "the data's fingerprint": data_fingerprint(stage.data.folder),
         "--optimizer": config.optimizer,
         "--seed": config.seed,
+        **({"the order of the rows": ROW_ORDER} if stage.data.lengths() is None else {}),
         "--mix": stage.data.mixture or None,
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
