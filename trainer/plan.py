@@ -160,6 +160,7 @@ def _time_table(run: PlanConfig, flops: float) -> Table:
 def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[str]:
     """Return the command for --gpus x --gpu, with the simplest --parallel that fits into memory."""
     gpu = GPUS[run.gpu]
+    rows = run.global_batch_size or run.batch_size * run.accumulation_steps * run.gpus
     for recompute in (False, True):
         for parallel in ("ddp", "fsdp") if run.optimizer == "muon" else PARALLEL_MODES:
             needs = training_memory(
@@ -168,11 +169,11 @@ def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[s
             )  # fmt: skip
             if needs.total <= gpu.memory * 1e9 * USABLE_MEMORY:
                 flags = f" --preset {run.preset}" if run.preset else ""
-                flags += f" --batch_size {run.batch_size} --accumulation_steps {run.accumulation_steps}"
+                flags += f" --batch_size {run.batch_size} --global_batch_size {rows}"
                 flags += f" --tokens_per_param {run.tokens_per_param or 20:g}"
                 flags += f" --parallel {parallel}" if run.gpus > 1 and parallel != "ddp" else ""
                 flags += " --checkpoint_activations" if recompute else ""
-                step = run.batch_size * run.accumulation_steps * run.gpus * config.max_seq_len
+                step = rows * config.max_seq_len
                 start = f"torchrun --nproc_per_node {min(run.gpus, 8)}" if run.gpus > 1 else "python"
                 nodes = f" --nnodes {math.ceil(run.gpus / 8)}" if run.gpus > 8 else ""
                 return [
