@@ -111,10 +111,11 @@ def main() -> None:
         record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
         dist.print0(adapter_summary(model))
         path = train(config, stage, dist)
-        dist.print0(
-            f"{path} holds the adapter alone, {path.stat().st_size / 2**20:.2f} MB; loading it also needs {source}"
-        )
-        if config.peft_dir and dist.is_rank0:
+        if not dist.is_rank0:
+            return
+        size = f"{path.stat().st_size / 2**20:.2f} MB"
+        print(f"{path} holds the adapter alone, {size}; loading it also needs {source}")
+        if config.peft_dir:
             write_peft(config.peft_dir, model)
             print(f"saved {config.peft_dir} in peft's format")
 

@@ -18,6 +18,7 @@ Writes  out/dpo_512.pth, its log (.jsonl), its curves (.png), the reference log-
 Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/examples.py (the data).
 """
 
+import common  # isort: skip  # noqa: F401  before torch: it sets the log level of torch
 import functools
 import math
 from dataclasses import dataclass

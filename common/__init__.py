@@ -1,1 +1,6 @@
-"""Shared utilities: one-line errors, command-line flags, atomic file writes, checksums, locks, devices."""
+"""Used by all packages. Sets the log level of torch's C++ part, which is read when torch is imported."""
+
+import os
+
+if "WORLD_SIZE" in os.environ:  # without it torch prints a C++ stack trace for every lost process; we print one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

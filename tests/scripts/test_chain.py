@@ -1,5 +1,6 @@
 """The chain of training scripts: default paths lead from stage to stage, under every launcher; --help is fast."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -147,6 +148,18 @@ def test_help_is_quick_and_imports_no_front_end(name):
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout and f"python {name}" in result.stdout, "the help shows the command"
     assert child_cpu_seconds() - before < 4
+
+
+@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
+def test_common_is_imported_before_torch(name):
+    """common/__init__.py sets the log level of torch's C++ part: one line for a lost process, no stack trace."""
+    imports = [node for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]  # fmt: skip
+    modules = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    packages = [module.split(".")[0] for module in modules]
+    assert next(package for package in packages if package not in sys.stdlib_module_names) == "common"
+    run = "import os; os.environ['WORLD_SIZE'] = '2'; import common; print(os.environ['TORCH_CPP_LOG_LEVEL'])"
+    assert run_process(sys.executable, "-c", run).stdout == "ERROR\n"
 
 
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
