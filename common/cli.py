@@ -102,7 +102,7 @@ def flag_metadata(config: type, field: "dataclasses.Field[Any]") -> Mapping[str,
 
 def flag_options(config: type, field: "dataclasses.Field[Any]") -> Mapping[str, Any]:
     """Return the add_argument options of a field: {} if it is no flag."""
-    return (flag_metadata(config, field) or {}).get("options", {})
+    return cast("Mapping[str, Any]", (flag_metadata(config, field) or {}).get("options", {}))
 
 
 def parse(
