@@ -1,0 +1,133 @@
+"""Time commands side by side: interleaved rounds, medians, ratios and their spread, as markdown and as a picture.
+
+A case is a command that prints a JSON object of numbers as its last line, for example {"tokens_per_second": 812.5}. A
+round runs every case once, and each round starts with another case, so that a change in the load of the machine
+affects all of them. A ratio is the median over the rounds of case / reference within the same round.
+
+    cases = [Case("transformers", [peer_python, "-m", …]), Case("mengya", [sys.executable, "-m", …])]
+    results = run_rounds(cases, rounds=5)
+    print(markdown_table(results, "tokens_per_second", reference="transformers"))
+
+Read next: training.py, generation.py (two tables).
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from common.errors import UserError
+from common.files import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+Results = dict[str, dict[str, list[float]]]  # case -> metric -> one value per round
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of a table: a command, its folder and its additional environment variables."""
+
+    name: str
+    command: Sequence[str]
+    folder: Path = ROOT
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_case(case: Case, timeout: float = 1800) -> dict[str, float]:
+    """Run the command. Returns the numbers of its last line, and peak_memory_mb, its largest resident set.
+
+    The peak of a child process is at least the memory of this process, which therefore imports no large library.
+    Raises UserError if the command fails, is too slow or prints no JSON object.
+    """
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(  # a command of the benchmark or of its user, no shell
+                case.command, cwd=case.folder, env={**os.environ, **case.environment}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=errors,
+            )  # nosec B603  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{case.name}: {case.command[0]}: {error.strerror or error}") from None
+        timer = threading.Timer(timeout, process.kill)
+        timer.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        is_late = not timer.is_alive()
+        timer.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if is_late:
+            raise UserError(f"{case.name}: no result after {timeout:g} seconds")
+        if process.returncode:
+            raise UserError(f"{case.name}: exit code {process.returncode}: {last_line(errors)[:500]}")
+        last = last_line(output)
+    try:
+        numbers = {name: float(value) for name, value in json.loads(last).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{case.name}: its last line is not a JSON object of numbers: {last[:200]!r}") from None
+    return {"peak_memory_mb": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), **numbers}
+
+
+def last_line(file: IO[bytes]) -> str:
+    """Return the last line of a file that is not empty, or ""."""
+    file.seek(0)
+    return next((line for line in reversed(file.read().decode(errors="replace").splitlines()) if line.strip()), "")
+
+
+def run_rounds(cases: Sequence[Case], rounds: int, timeout: float = 1800) -> Results:
+    """Run every case `rounds` times, interleaved; round i starts with case i. Progress goes to stderr."""
+    results: Results = {case.name: defaultdict(list) for case in cases}
+    for i in range(rounds):
+        first = i % len(cases)
+        for case in [*cases[first:], *cases[:first]]:
+            print(f"round {i + 1} of {rounds}: {case.name}", file=sys.stderr, flush=True)
+            for metric, value in run_case(case, timeout).items():
+                results[case.name][metric].append(value)
+    return results
+
+
+def ratios(results: Results, metric: str, case: str, reference: str) -> list[float]:
+    """Return case / reference of every round."""
+    pairs = zip(results[case][metric], results[reference][metric], strict=True)
+    return [value / base if base else math.nan for value, base in pairs]
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """`1.23 (1.10 to 1.31)`: the median and the range; one value alone has no range."""
+    text = f"{statistics.median(values):,.{digits}f}"
+    return text if len(values) < 2 else f"{text} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def markdown_table(results: Results, metric: str, reference: str, digits: int = 0) -> str:
+    """Return a table: case, median of the metric with its range, median ratio to the reference with its range."""
+    rounds = len(results[reference][metric])
+    lines = [f"| median of {rounds} (range) | {metric.replace('_', ' ')} | / {reference} |", "|---|---:|---:|"]
+    for case, metrics in results.items():
+        if metric in metrics:
+            ratio = with_spread(ratios(results, metric, case, reference), 2)
+            lines.append(f"| {case} | {with_spread(metrics[metric], digits)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def bar_chart(results: Results, metric: str, path: Path, title: str) -> None:
+    """Draw the median of every case as a horizontal bar with its range, as a PNG."""
+    from matplotlib.figure import Figure  # after the measurements: see run_case
+
+    cases = [case for case in reversed(results) if metric in results[case]]
+    medians = [statistics.median(results[case][metric]) for case in cases]
+    below = [median - min(results[case][metric]) for case, median in zip(cases, medians, strict=True)]
+    above = [max(results[case][metric]) - median for case, median in zip(cases, medians, strict=True)]
+    figure = Figure(figsize=(8, 1 + 0.45 * len(cases)))
+    axes = figure.subplots()
+    axes.barh(cases, medians, xerr=[below, above], color="C0", capsize=3)
+    axes.set_xlabel(metric.replace("_", " "))
+    axes.set_title(title)
+    figure.tight_layout()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
