@@ -136,6 +136,7 @@ READ_ONLY = {
     "benchmarks.journeys",
     "benchmarks.call_recorder",
     "benchmarks.compare_commits",
+    "benchmarks.train_case",
 }
 
 
