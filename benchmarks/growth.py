@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import Case, Results, describe_machine, run_rounds, save_figure, with_spread
+from benchmarks.harness import Case, Results, describe_machine, label, run_rounds, save_figure, with_spread
 from benchmarks.train_spec import TrainSpec
 from benchmarks.training import METRICS, our_case, resolve, write_tokens
 from common.cli import Config, NameList, flag, parse
@@ -124,7 +124,7 @@ def draw_panels(results: Results, panels: Mapping[str, Sequence[int]], path: Pat
             place.plot(values, medians, marker="o", color=f"C{i}", linestyle="-" if i == 0 else "--")
             place.set_ylim(0, 1.1 * max(medians))
             place.tick_params(axis="y", colors=f"C{i}")
-            place.set_ylabel(metric.replace("_", " "), color=f"C{i}")
+            place.set_ylabel(label(metric), color=f"C{i}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_xlabel(AXES[axis])
