@@ -87,7 +87,8 @@ def point_case(config: GrowthConfig, name: str, point: Mapping[str, int], spec: 
         **PRESETS[config.preset], "vocab_size": 6400, "max_seq_len": point["seq_len"], "n_layers": point["layers"],
         "use_moe": point["experts"] > 0, "n_routed_experts": max(point["experts"], 2), "n_active_experts": 2,
     })  # fmt: skip
-    case = our_case(name, replace(spec, model=model.to_dict(), **{n: point[n] for n in ("seq_len", "batch_size")}))
+    spec = replace(spec, model=model.to_dict(), seq_len=point["seq_len"], batch_size=point["batch_size"])
+    case = our_case(name, spec)
     if point["processes"] == 1:
         return case
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"]), "-m"]

@@ -1,4 +1,4 @@
-"""benchmarks/training.py, growth.py and their cases: a tiny model, trainers that are commands, error lines."""
+"""benchmarks/training.py, benchmarks/growth.py: cases with a tiny model, trainers that are commands, error lines."""
 
 import ast
 import json
@@ -127,7 +127,8 @@ def test_a_trainer_given_as_a_command_gets_the_setting_and_a_row(run_table, tmp_
     assert rows[0] == ("other", "16", "1.00")
     assert [row[0] for row in rows[1:]] == ["Mengya, AdamW", "Mengya, Muon (default)", "Mengya, tuned"]
     assert rows[2][2] == "0.50"
-    assert "other: parameters not stated" in text and "4.6 M parameters, 8 x 512 tokens per step, float32" in text
+    assert "8 x 512 tokens per step, float32; reading the batches counts. 4.6 M parameters." in text
+    assert "\nother: its number of parameters is not stated." in text
     out = tmp_path / "out"
     assert json.loads((out / "training-demo.json").read_text())["other"]["seen"] == [6, 6]
     assert (out / "training-demo.md").read_text() == text and (out / "training-demo.png").stat().st_size > 1000
@@ -144,6 +145,7 @@ def test_two_dtypes_give_two_rows_of_each_but_of_a_command_without_dtype(run_tab
 
 def test_moe_is_compared_with_the_dense_model_of_equal_active_size(run_table):
     text = run_table(training, "--what", "moe")
+    assert "The rows of a model have equally many parameters." in text
     assert re.findall(r"^\| (Mengya.+?) \|", text, re.M) == ["Mengya, dense of equal active size", "Mengya, MoE"]
     moe = ModelConfig(**PRESETS["small-moe"])
     dense = training.dense_of_equal_active_size(moe)
