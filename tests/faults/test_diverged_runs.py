@@ -9,7 +9,7 @@ import torch
 
 from common.cli import parse
 from common.errors import UserError
-from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, run_process, run_script
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, run_here, run_process, run_script
 from trainer.config import TrainConfig
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--log_interval", "1"]
@@ -60,12 +60,12 @@ def saved_steps(out):
     return sorted(int(folder.name[5:]) for folder in out.glob("*.resume/step_*"))
 
 
-def test_a_diverged_run_exits_with_2_and_saves_nothing(run_flags, num_attacks, record_attacks):
+def test_a_diverged_run_exits_with_2_and_saves_nothing(run_flags, num_attacks, record_attacks, monkeypatch, capsys):
     """Regression: such a run saved weights of 5e10 and exited with 0."""
     ended = 0
     for steps, optimizer in [(1, "muon"), (45, "adamw"), (2, "muon"), (8, "adamw"), (45, "muon")][: num_attacks(1, 5)]:
         command = [*run_flags, "--max_steps", steps, "--learning_rate", "1e3", "--optimizer", optimizer]
-        result = run_process(sys.executable, ROOT / "1-pretrain.py", *command)
+        result = run_here(monkeypatch, capsys, ROOT / "1-pretrain.py", *command)
         assert result.returncode == 2, result.stderr
         assert re.fullmatch(
             r"error: step \d+: the loss has risen to \S+, above 16.82 \(--max_loss_ratio 3; 0: off\): lower "

@@ -59,7 +59,7 @@ def test_unknown_dtype_or_device_is_rejected(pretrain):
         pretrain("--device", "nonsense")
 
 
-def test_short_run_saves_its_last_weights(pretrain):
+def test_short_run_saves_its_last_weights(curves, pretrain):
     """A run of 3 steps, shorter than --save_interval, writes a complete checkpoint."""
     folder = pretrain()
     assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
