@@ -53,7 +53,7 @@ def test_a_step_is_read_after_the_next_launch_unless_it_is_due(pretrain):
     assert pairs == "llrlrrlrllrrllrrlrllrlrr"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_step_that_is_not_finite_moves_nothing(monkeypatch, optimizer):
     monkeypatch.setattr(DistContext, "reads_late", True)
     compute_loss = load_script("1-pretrain.py").compute_loss
