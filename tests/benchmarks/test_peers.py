@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import peers
 from tests.helpers import one_line_error
@@ -45,13 +46,10 @@ def test_a_failed_installation_gives_one_line():
 
 @pytest.mark.slow
 def test_an_environment_has_our_torch_and_fails_without_an_index(monkeypatch, tmp_path):
-    monkeypatch.setattr(peers, "REQUIREMENTS", {"nothing": (), "missing": ("no-such-package-of-mengya",)})
+    monkeypatch.setattr(peers, "REQUIREMENTS", {"linked": ("typing_extensions",), "missing": ("no-such-package",)})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setitem(peers.REQUIREMENTS, "nothing", ("torch",))  # already there
-    python = peers.peer_python(["nothing"], tmp_path)
+    python = peers.peer_python(["linked"], tmp_path)
     done = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
-    import torch
-
     assert done.stdout.strip() == torch.__version__
-    with one_line_error("pip install no-such-package-of-mengya: ERROR: No matching distribution found"):
+    with one_line_error("pip install no-such-package: ERROR: No matching distribution found"):
         peers.peer_python(["missing"], tmp_path)
