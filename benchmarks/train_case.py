@@ -1,7 +1,7 @@
 """Time our own training steps: python -m benchmarks.train_case SPEC, or under torchrun for several processes.
 
-The steps are those of 1-pretrain.py with its default flags and those of the spec: its loss, train_step, the engine of
---parallel, MicroBatches of a PackedDataset. Left out are the log, the checks and the saves around them.
+The steps are those of 1-pretrain.py with its default flags and those of the spec: its loss, TrainingSteps, the engine
+of --parallel, batches of a PackedDataset. Left out are the log, the checks and the saves around them.
 Read next: train_spec.py, ../trainer/loop.py.
 """
 
@@ -19,12 +19,12 @@ from common.errors import fail_in_one_line
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.datasets import MicroBatches, PackedDataset, prefetch_batches
+from trainer.datasets import MicroBatches, PackedDataset
 from trainer.distributed import DistContext, init_distributed
-from trainer.loop import train_step
-from trainer.optim import set_learning_rate
+from trainer.loop import TrainingSteps
 from trainer.stage import Stage
 from trainer.startup import make_engine
+from trainer.timer import TrainingTimer
 
 LONG_RUN = 100_000  # --max_steps: the flags that depend on the length of a run are those of a long one
 
@@ -40,17 +40,17 @@ def time_steps(spec: TrainSpec, config, compute_loss, dist: DistContext) -> None
     batches = MicroBatches(
         data, data.batch_sampler(spec.batch_size, config.seed), config.batch_size, dist.rank, dist.world_size
     )
-    is_cuda, first_loss = dist.device.type == "cuda", 0.0
+    times, losses = StepTimes(), list[float]()  # reading the sums of a step waits for the device
+    numbers, timer = range(spec.all_steps), TrainingTimer(0, 0.0, 0.0, dist)
     with make_engine(config, stage, dist) as engine:
-        times = StepTimes(torch.cuda.synchronize if is_cuda else lambda: None)
-        for step, micro_batches in enumerate(prefetch_batches(batches, range(spec.all_steps), config.num_workers)):
-            set_learning_rate(config, engine.optimizers, step, 0.0)
-            sums = train_step(engine, micro_batches)
-            first_loss = first_loss or sums["loss"] / sums["num_targets"]
+        for step in TrainingSteps(engine, timer, batches, numbers, config.max_steps, lambda number: False):
+            sums = step.read()
+            timer.finish_step()
+            losses.append(sums["loss"] / sums["num_targets"])
             times.end_step()
     if dist.is_rank0:
-        memory = torch.cuda.max_memory_allocated() if is_cuda else 0
-        print_result(spec, times, first_loss, parameters, memory)
+        memory = torch.cuda.max_memory_allocated() if dist.device.type == "cuda" else 0
+        print_result(spec, times, losses[0], parameters, memory)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 from tests.helpers import ROOT, one_line_error
+from trainer import loop
 
 MODEL = ModelConfig(vocab_size=200, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16)
 
@@ -45,8 +46,8 @@ def check_result(result: dict[str, float]) -> None:
 @pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw"), ("--batch_size", "1")])
 def test_our_case_trains_as_the_script_does(monkeypatch, capsys, spec, flags):
     calls = []
-    real = train_case.train_step
-    monkeypatch.setattr(train_case, "train_step", lambda *given: calls.append(len(given[1])) or real(*given))
+    real = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *given: calls.append(len(given[1])) or real(*given))
     check_result(run_main(monkeypatch, capsys, train_case, replace(spec, flags=flags).to_json()))
     assert calls == 4 * [2 if "--batch_size" in flags else 1]  # two untimed steps, two timed ones; micro-batches
 
