@@ -8,9 +8,9 @@
 
 Every row is a process of its own. All have the same model, tokens, batch and dtype (fp32 weights, autocast), and read
 their batches within the timed steps. Ours run 1-pretrain.py's steps: Muon, its default, and AdamW as the peers. These
-are installed from PyPI (peers.py). A peer given as a command prints as its last line a JSON object with
-tokens_per_second, best that of the median step after some steps of warm-up; parameters and peak_memory_mb are shown if
-they are in it. It may contain {batch_size}, {seq_len}, {steps}, {dtype}, {device}, {vocab_size} and {tokens}: a file
+are installed from PyPI (peers.py). A peer given as a command prints a JSON object as its last line: tokens_per_second
+(of the median step, after warm-up), parameters, and peak_memory_mb where it is not the largest resident set of the
+process. The command may contain {batch_size}, {seq_len}, {steps}, {dtype}, {device}, {vocab_size} and {tokens}, a file
 of little-endian uint16 token ids. A command without {dtype} gives one row, also with several dtypes.
 Writes out/benchmarks/training-{what}.md, .json (the numbers of all rounds) and .png.
 Read next: train_spec.py, train_case.py, harness.py.
@@ -48,8 +48,12 @@ PEERS = {
     "litgpt": ("litgpt", ("benchmarks.peer_cases.litgpt_gpt",)),
 }
 PEER_TITLES = {"compile": "transformers, compiled", "trainer": "transformers' Trainer"}
-# --what -> (preset, rounds, timed steps)
-WHAT = {"dense": ("small", 5, 4), "moe": ("small-moe", 5, 4), "108m": ("base", 3, 2)}
+# --what -> (preset, rounds, timed steps, peers): each takes less than ten minutes on two quiet cores.
+WHAT = {
+    "dense": ("small", 5, 3, ("transformers", "trainer", "litgpt")),
+    "moe": ("small-moe", 3, 3, ()),
+    "108m": ("base", 3, 2, ("transformers",)),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class TrainingConfig(Config):
 
     what: str = flag("dense", "the model, and with moe the rows of the table", choices=tuple(WHAT))
     preset: str = flag("", "another model than that of --what dense", choices=tuple(PRESETS))
-    rounds: int = flag(0, "rounds of every row (0: 5, with 108m 3)", type=non_negative_int)
-    steps: int = flag(0, "timed steps of a round (0: 4, with 108m 2), after 2 untimed ones", type=non_negative_int)
+    rounds: int = flag(0, "rounds of every row (0: 5; 3 with moe and 108m)", type=non_negative_int)
+    steps: int = flag(0, "timed steps of a round, after 2 untimed ones (0: 3; 2 with 108m)", type=non_negative_int)
     batch_size: int = flag(8, "rows per step", type=positive_int)
     seq_len: int = flag(512, "tokens per row", type=positive_int)
     dtype: tuple[str, ...] = flag(
@@ -68,8 +72,8 @@ class TrainingConfig(Config):
     )  # fmt: skip
     device: str = flag("auto", "auto, cpu or cuda", type=device_name)
     peers: tuple[str, ...] = flag(
-        (), f"none, or some of {', '.join(PEERS)} (default: all but compile, which takes minutes to compile once; with "
-        "moe none; they train the dense model)", action=NameList,
+        (), f"none, or some of {', '.join(PEERS)} (default: all but compile, which compiles for minutes at first; with "
+        "108m transformers; with moe none). They train the dense model", action=NameList,
     )  # fmt: skip
     peer: tuple[str, ...] = flag((), "NAME=COMMAND: one more trainer; may be repeated", action="append")
     ours: tuple[str, ...] = flag((), "NAME=FLAGS: one more row of ours with these flags of 1-pretrain.py; may be "
@@ -90,8 +94,7 @@ class TrainingConfig(Config):
 
     @property
     def peer_names(self) -> list[str]:
-        default = [] if self.what == "moe" else [name for name in PEERS if name != "compile"]
-        return [name for name in self.peers or default if name != "none"]
+        return [name for name in self.peers or WHAT[self.what][3] if name != "none"]
 
     @property
     def model(self) -> ModelConfig:
@@ -196,7 +199,7 @@ def describe_run(config: TrainingConfig, dtypes: Sequence[str], results: Results
 
 def main() -> None:
     config = parse(TrainingConfig, __doc__)
-    _, rounds, steps = WHAT[config.what]
+    _, rounds, steps, _ = WHAT[config.what]
     device, dtypes = resolve(config.device, config.dtype)
     name = config.preset or config.what
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
