@@ -62,9 +62,14 @@ def run_case(case: Case, timeout: float = 1800) -> dict[str, float]:
             raise UserError(f"{case.name}: {case.command[0]}: {error.strerror or error}") from None
         timer = threading.Timer(timeout, process.kill)
         timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        is_late = not timer.is_alive()
-        timer.cancel()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            is_late = not timer.is_alive()
+        except BaseException:  # interrupted: end the case too
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         if is_late:
             raise UserError(f"{case.name}: no result after {timeout:g} seconds")

@@ -1,7 +1,11 @@
+import signal
+import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.harness import Case, bar_chart, markdown_table, ratios, run_case, run_rounds
 from common.errors import UserError
 
@@ -28,6 +32,19 @@ def test_a_case_returns_the_numbers_of_its_last_line_and_its_peak_memory():
 def test_a_failing_case_ends_with_one_line(code, timeout, message):
     with pytest.raises(UserError, match=message):
         run_case(python(code), timeout)
+
+
+def test_an_interrupted_benchmark_ends_its_case(monkeypatch):
+    started = []
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        harness.subprocess, "Popen", lambda *given, **more: started.append(real(*given, **more)) or started[0]
+    )
+    monkeypatch.setattr(harness.os, "wait4", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_case(python("import time; time.sleep(60)"))
+    monkeypatch.undo()
+    assert started[0].wait(30) == -signal.SIGKILL
 
 
 def test_a_missing_command_is_named():
