@@ -136,6 +136,12 @@ READ_ONLY = {
     "benchmarks.journeys",
     "benchmarks.call_recorder",
     "benchmarks.compare_commits",
+    "benchmarks.inputs",
+    "benchmarks.decode_mengya",
+    "benchmarks.memory_read",
+    "benchmarks.generation",
+    "benchmarks.gpu",
+    "benchmarks.pretrain_throughput",
 }
 
 
