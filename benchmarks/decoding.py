@@ -14,6 +14,7 @@ generation.py (the table).
 """
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -106,7 +107,7 @@ def measure_generator(generator: Generator, config: DecodingConfig) -> dict[str,
         generator.token_times(prompts(1, PROMPT_TOKENS)[0], 2)
         with busy_cores():
             times = generator.token_times(prompts(1, PROMPT_TOKENS)[0], BUSY_TOKENS)
-        gaps = sorted(1e3 * (after - before) for before, after in zip(times, times[1:], strict=False))
+        gaps = sorted(1e3 * (after - before) for before, after in itertools.pairwise(times))
         numbers["busy_median_ms"], numbers["busy_p90_ms"] = statistics.median(gaps), gaps[len(gaps) * 9 // 10]
     if config.device != "cpu":
         import torch  # a GPU's generator has imported it; llama.cpp's needs none

@@ -1,6 +1,6 @@
 """Generation speed of this project, transformers and llama.cpp on the same weights, and the limit of the memory.
 
-    python -m benchmarks.generation                                      26.9 M, 5 rounds; under ten minutes on two cores
+    python -m benchmarks.generation                     26.9 M, 5 rounds; under ten minutes on two cores
     python -m benchmarks.generation --preset base --dtypes bfloat16 --rows 1
     python -m benchmarks.generation --peers none --peer "other=python other.py {folder} {dtype}"
 

@@ -3,8 +3,8 @@
     python -m benchmarks.pretrain_throughput FOLDER --steps 200 --flags "--preset small --batch_size 64"
 
 FOLDER is written by `python -m benchmarks.inputs FOLDER --tokens N`; the checkpoint and the log are deleted. Prints
-{"tokens_per_second": …} and on a GPU peak_memory_mb. What the log costs counts, as the loader does; validation and saves
-do not.
+{"tokens_per_second": …} and on a GPU peak_memory_mb. The time of the loader and of the log counts, that of validation
+and saves does not.
 Read next: gpu.py (the table), ../trainer/loop.py.
 """
 

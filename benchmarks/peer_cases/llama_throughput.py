@@ -1,8 +1,8 @@
-"""Train transformers' LlamaForCausalLM, compiled or plain, and wait for the GPU only around the second half of the steps.
+"""Train transformers' LlamaForCausalLM, compiled or plain; the GPU is waited for only around the timed steps.
 
     python -m benchmarks.peer_cases.llama_throughput SPEC compile|plain
 
-plain_loop.py, which compares single steps, waits after each one: on a fast GPU that hides what a run reaches.
+The second half of the steps is timed. plain_loop.py, which compares single steps, waits after each one: on a fast GPU that hides what a run reaches.
 Read next: transformers_llama.py (the model), ../gpu.py (the table).
 """
 

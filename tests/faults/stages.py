@@ -131,6 +131,7 @@ READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",
     "web_demo.py",
+    "benchmarks.loaders",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
     "benchmarks.journeys",
@@ -142,6 +143,8 @@ READ_ONLY = {
     "benchmarks.generation",
     "benchmarks.gpu",
     "benchmarks.pretrain_throughput",
+    "benchmarks.data",
+    "benchmarks.train_case",
 }
 
 
