@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.harness import Case, Results, describe_machine, run_rounds, save_figure, with_spread
+from benchmarks.harness import Case, Results, describe_machine, label, run_rounds, save_figure, with_spread
 from benchmarks.train_spec import TrainSpec
 from benchmarks.training import METRICS, our_case, resolve, write_tokens
 from common.cli import Config, NameList, flag, parse
@@ -87,7 +87,8 @@ def point_case(config: GrowthConfig, name: str, point: Mapping[str, int], spec: 
         **PRESETS[config.preset], "vocab_size": 6400, "max_seq_len": point["seq_len"], "n_layers": point["layers"],
         "use_moe": point["experts"] > 0, "n_routed_experts": max(point["experts"], 2), "n_active_experts": 2,
     })  # fmt: skip
-    case = our_case(name, replace(spec, model=model.to_dict(), **{n: point[n] for n in ("seq_len", "batch_size")}))
+    spec = replace(spec, model=model.to_dict(), seq_len=point["seq_len"], batch_size=point["batch_size"])
+    case = our_case(name, spec)
     if point["processes"] == 1:
         return case
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(point["processes"]), "-m"]
@@ -124,7 +125,7 @@ def draw_panels(results: Results, panels: Mapping[str, Sequence[int]], path: Pat
             place.plot(values, medians, marker="o", color=f"C{i}", linestyle="-" if i == 0 else "--")
             place.set_ylim(0, 1.1 * max(medians))
             place.tick_params(axis="y", colors=f"C{i}")
-            place.set_ylabel(metric.replace("_", " "), color=f"C{i}")
+            place.set_ylabel(label(metric), color=f"C{i}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_xlabel(AXES[axis])

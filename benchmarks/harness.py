@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def run_case(case: Case, timeout: float = 1800) -> dict[str, float]:
         if is_late:
             raise UserError(f"{case.name}: no result after {timeout:g} seconds")
         if process.returncode:
-            raise UserError(f"{case.name}: exit code {process.returncode}: {last_line(errors)[:500]}")
+            raise UserError(f"{case.name}: exit code {process.returncode}: {error_line(errors)[:500]}")
         last = last_line(output)
     try:
         numbers = {name: float(value) for name, value in json.loads(last).items()}
@@ -83,6 +84,13 @@ def last_line(file: IO[bytes]) -> str:
     """Return the last line of a file that is not empty, or ""."""
     file.seek(0)
     return next((line for line in reversed(file.read().decode(errors="replace").splitlines()) if line.strip()), "")
+
+
+def error_line(file: IO[bytes]) -> str:
+    """Return the last line that names an error, as `RuntimeError: …`, or the last line: torchrun prints a summary."""
+    file.seek(0)
+    found = [line for line in file.read().decode(errors="replace").splitlines() if re.search(r"\b\w*[Ee]rror: ", line)]
+    return found[-1] if found else last_line(file)
 
 
 def run_rounds(cases: Sequence[Case], rounds: int, timeout: float = 1800) -> Results:
@@ -112,7 +120,7 @@ def with_spread(values: Sequence[float], digits: int) -> str:
 def markdown_table(results: Results, metrics: str | Sequence[str], reference: str, digits: int = 0) -> str:
     """Return a table: case; for each metric its median and that of the ratio to the reference, both with the range."""
     metrics = [metrics] if isinstance(metrics, str) else metrics
-    columns = [text for metric in metrics for text in (metric.replace("_", " "), f"/ {reference}")]
+    columns = [text for metric in metrics for text in (label(metric), f"/ {reference}")]
     rounds = len(results[reference][metrics[0]])
     lines = [f"| median of {rounds} (range) | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for case, values in results.items():
@@ -123,6 +131,11 @@ def markdown_table(results: Results, metrics: str | Sequence[str], reference: st
                 cells += [with_spread(values[metric], digits) if metric in values else "", ratio]
             lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def label(metric: str) -> str:
+    """`peak_memory_mb` -> `peak memory, MB`"""
+    return re.sub(" mb$", ", MB", metric.replace("_", " "))
 
 
 def bar_chart(results: Results, metrics: str | Sequence[str], path: Path, title: str) -> None:
@@ -138,7 +151,7 @@ def bar_chart(results: Results, metrics: str | Sequence[str], path: Path, title:
         below = [median - min(results[case][metric]) for case, median in zip(cases, medians, strict=True)]
         above = [max(results[case][metric]) - median for case, median in zip(cases, medians, strict=True)]
         axes.barh(cases, medians, xerr=[below, above], color=f"C{i}", capsize=3)
-        axes.set_xlabel(metric.replace("_", " "))
+        axes.set_xlabel(label(metric))
     figure.suptitle(title)
     save_figure(figure, path)
 

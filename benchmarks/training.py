@@ -4,14 +4,14 @@
     python -m benchmarks.training --what 108m              the preset base
     python -m benchmarks.training --what moe               small-moe against the dense model of equal active size
     python -m benchmarks.training --dtype float32,bfloat16 --peers transformers,compile,trainer,litgpt
-    python -m benchmarks.training --ours "compiled=--compile" --peer "other=python other.py {tokens} {batch_size}"
+    python -m benchmarks.training --ours "compiled=--compile" --peer "other=./train_other {tokens} {batch_size}"
 
 Every row is a process of its own. All have the same model, tokens, batch and dtype (fp32 weights, autocast), and read
 their batches within the timed steps. Ours run 1-pretrain.py's steps: Muon, its default, and AdamW as the peers. These
 are installed from PyPI (peers.py). A peer given as a command prints as its last line a JSON object with
 tokens_per_second, best that of the median step after some steps of warm-up; parameters and peak_memory_mb are shown if
 they are in it. It may contain {batch_size}, {seq_len}, {steps}, {dtype}, {device}, {vocab_size} and {tokens}: a file
-of little-endian uint16 token ids. A command without {dtype} gives one row, whatever the dtypes of the others are.
+of little-endian uint16 token ids. A command without {dtype} gives one row, also with several dtypes.
 Writes out/benchmarks/training-{what}.md, .json (the numbers of all rounds) and .png.
 Read next: train_spec.py, train_case.py, harness.py.
 """
@@ -152,8 +152,8 @@ def command_case(text: str, spec: TrainSpec) -> Case:
 def make_cases(config: TrainingConfig, spec: TrainSpec, dtypes: Sequence[str]) -> Iterator[Case]:
     """Yield the rows: peers, then ours. The first is the reference."""
     dense = dense_of_equal_active_size(config.model)
-    pythons = {environment: "" for environment, _ in (PEERS[name] for name in config.peer_names)}
-    pythons = {environment: peer_python([environment], config.peers_folder) for environment in pythons}
+    environments = dict.fromkeys(PEERS[name][0] for name in config.peer_names)
+    pythons = {environment: peer_python([environment], config.peers_folder) for environment in environments}
     for dtype in dtypes:
         typed = replace(spec, dtype=dtype)
         as_dense = replace(typed, model=dense.to_dict())
@@ -177,21 +177,21 @@ def make_cases(config: TrainingConfig, spec: TrainSpec, dtypes: Sequence[str]) -
             yield our_case(f"Mengya, {name}{suffix}", typed, shlex.split(flags))
 
 
-def describe_run(config: TrainingConfig, dtypes: Sequence[str], results: Results) -> list[str]:
-    """Return the lines below the table: machine, model, batch, and rows with another number of parameters."""
-    model, count = config.model, count_parameters(config.model)
-    size = f"{count.total / 1e6:.1f} M parameters" + (f", {count.active / 1e6:.1f} M active" if model.use_moe else "")
-    lines = [f"{describe_machine()}. {size}, {config.batch_size} x {config.seq_len} tokens per step, "
-             f"{' and '.join(dtypes)}; reading the batches counts."]  # fmt: skip
+def describe_run(config: TrainingConfig, dtypes: Sequence[str], results: Results) -> str:
+    """Return the text below the table: machine, model, batch, and the rows with another number of parameters."""
+    sizes = [count_parameters(model).total for model in (config.model, dense_of_equal_active_size(config.model))]
+    size = f"{sizes[0] / 1e6:.1f} M parameters"
+    if config.model.use_moe:
+        active = count_parameters(config.model).active
+        size = f"MoE: {size}, {active / 1e6:.1f} M active; dense: {sizes[1] / 1e6:.1f} M parameters"
+    lines = [f"{describe_machine()}. {config.batch_size} x {config.seq_len} tokens per step, {' and '.join(dtypes)}; "
+             f"reading the batches counts. {size}."]  # fmt: skip
     for case, metrics in results.items():
         number = median(metrics.get("parameters", [0]))
-        expected = count.total
-        if model.use_moe and not case.startswith("Mengya, MoE"):
-            expected = count_parameters(dense_of_equal_active_size(model)).total
-        if number != expected:
-            lines.append(f"{case}: " + (f"{number:,.0f} parameters, not {expected:,}" if number else "parameters not "
-                                        "stated"))  # fmt: skip
-    return lines if len(lines) > 1 else [lines[0] + " All rows have the same number of parameters."]
+        if number not in sizes:
+            lines.append(f"{case}: " + (f"{number:,.0f} parameters, not {sizes[0]:,}." if number else "its number of "
+                                        "parameters is not stated."))  # fmt: skip
+    return "\n".join(lines) if len(lines) > 1 else lines[0] + " The rows of a model have equally many parameters."
 
 
 def main() -> None:
@@ -206,7 +206,7 @@ def main() -> None:
         cases = list(make_cases(config, spec, dtypes))
         results = run_rounds(cases, config.rounds or rounds)
     table = markdown_table(results, METRICS, cases[0].name)
-    text = "\n".join([table, "", *describe_run(config, dtypes, results)])
+    text = f"{table}\n\n{describe_run(config, dtypes, results)}"
     print(text)
     out = Path(config.out_dir)
     write_text(out / f"training-{name}.md", text + "\n")

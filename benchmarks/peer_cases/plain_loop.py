@@ -1,6 +1,6 @@
 """The training loop of peers without one of their own: autocast, backward, clipping, fused AdamW.
 
-Runs in the environment of a peer: imports torch and train_spec.py, nothing else of this project.
+Runs in the environment of a peer: imports torch and ../train_spec.py, nothing else of this project.
 Read next: transformers_llama.py, litgpt_gpt.py.
 """
 

@@ -19,6 +19,7 @@ def test_a_case_returns_the_numbers_of_its_last_line_and_its_peak_memory():
     ("code", "timeout", "message"),
     [
         ("raise SystemExit('no such peer')", 60, "case: exit code 1: no such peer"),
+        ("raise SystemExit('[rank1]: RuntimeError: no memory\\n===== summary =====')", 60, "RuntimeError: no memory$"),
         ("print('hello')", 60, "not a JSON object of numbers: 'hello'"),
         ("print('[1]')", 60, "not a JSON object of numbers"),
         ("import time; time.sleep(60)", 0.5, "case: no result after 0.5 seconds"),
@@ -50,6 +51,27 @@ def test_a_ratio_is_taken_within_a_round_and_its_median_shown():
     assert lines[3] == "| ours | 60 (20 to 80) | 2.00 (2.00 to 3.00) |"
 
 
+def test_a_table_of_two_metrics_has_a_ratio_of_each():
+    results = {
+        "peer": {"speed": [10.0], "memory": [4.0]},
+        "ours": {"speed": [20.0], "memory": [2.0]},
+        "new": {"speed": [5.0]},
+    }
+    lines = markdown_table(results, ["speed", "memory"], "peer").splitlines()
+    assert lines[0] == "| median of 1 (range) | speed | / peer | memory | / peer |"
+    assert lines[3:] == ["| ours | 20 | 2.00 | 2 | 0.50 |", "| new | 5 | 0.50 |  |  |"]
+
+
+def test_a_number_that_a_case_must_print_is_named():
+    case = Case("case", [sys.executable, "-c", "print('{\"x\": 1}')"], metrics=["x", "speed"])
+    with pytest.raises(UserError, match="case: its last line has no speed"):
+        run_case(case)
+
+
 def test_the_picture_is_written(tmp_path):
     bar_chart({"a": {"speed": [1.0, 2.0]}, "b": {"speed": [3.0]}}, "speed", tmp_path / "speed.png", "title")
-    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+    bar_chart(
+        {"a": {"speed": [1.0], "memory": [2.0]}, "b": {"speed": [3.0]}}, ["speed", "memory"], tmp_path / "two.png", ""
+    )
+    for name in ("speed.png", "two.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

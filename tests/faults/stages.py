@@ -126,7 +126,7 @@ STAGES = (
     Stage("demo", "-m tests.faults.small_demo --out_dir WORK/demo --max_steps 2", "", steps=("",)),
 )
 STAGE_NAMES = [stage.name for stage in STAGES]
-# Scripts and modules that write no files, except caches of libraries.
+# Scripts and modules that write no files, except caches of libraries and, by atomic_write, tables of benchmarks.
 READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",
@@ -145,6 +145,8 @@ READ_ONLY = {
     "benchmarks.pretrain_throughput",
     "benchmarks.data",
     "benchmarks.train_case",
+    "benchmarks.training",
+    "benchmarks.growth",
 }
 
 
