@@ -1,7 +1,7 @@
 """This project's data commands as programs that print their speed as JSON: MB are those of the UTF-8 text.
 
     python -m benchmarks.data_case FOLDER pretrain|sft|clean|tokenizer|exam
-    python -m benchmarks.data_case FOLDER prepare --text FILES --chats FILES --exam FILE        the inputs of all programs
+    python -m benchmarks.data_case FOLDER prepare --text FILES --chats FILES --exam FILE     their inputs
 
 FOLDER/text.jsonl, chats.jsonl   at most --megabytes of the rows of the files that are usable (default: the demo world)
 FOLDER/prompts.json              the tokens of all exam prompts and of their options, for the loop of transformers

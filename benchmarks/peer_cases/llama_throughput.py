@@ -2,7 +2,8 @@
 
     python -m benchmarks.peer_cases.llama_throughput SPEC compile|plain
 
-The second half of the steps is timed. plain_loop.py, which compares single steps, waits after each one: on a fast GPU that hides what a run reaches.
+The second half of the steps is timed. plain_loop.py, which compares single steps, waits after each one: on a fast GPU
+that hides the speed that a run reaches.
 Read next: transformers_llama.py (the model), ../gpu.py (the table).
 """
 

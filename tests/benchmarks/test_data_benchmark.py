@@ -81,8 +81,8 @@ def test_wrong_flags_are_one_line_each(flags):
 def test_without_peers_nothing_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "peer_python", lambda names: pytest.fail("installs peers"))
     monkeypatch.setattr(data, "run_case", lambda case: {})
-    monkeypatch.setattr(data, "run_rounds", lambda cases, rounds: {cases[0].name: {"mb_per_cpu_second": [1.0],
-                                                                                   "peak_memory_mb": [1.0]}})  # fmt: skip
+    numbers = {"mb_per_cpu_second": [1.0], "peak_memory_mb": [1.0]}
+    monkeypatch.setattr(data, "run_rounds", lambda cases, rounds: {cases[0].name: numbers})
     monkeypatch.setattr(sys, "argv", ["data", "--what", "clean", "--out_dir", str(tmp_path)])
     data.main()
     assert (tmp_path / "data-clean.png").is_file()

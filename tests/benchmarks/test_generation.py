@@ -1,5 +1,5 @@
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,30 +21,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-class SleepingGenerator:
-    """20 ms for the prompt, 2 ms for each further token."""
+class ClockedGenerator:
+    """Takes 20 ms for the prompt and 2 ms for each further token, on a clock of its own."""
 
     weight_bytes = 10
 
     def __init__(self):
-        self.prompts = []
+        self.prompts, self.now = [], 0.0
 
     def generate(self, prompts, new_tokens):
         self.prompts += prompts
-        time.sleep(0.02 + 0.002 * (new_tokens - 1))
+        self.now += 0.02 + 0.002 * (new_tokens - 1)
 
     def token_times(self, prompt, new_tokens):
         return [0.001 * i for i in range(new_tokens)]
 
 
-def test_speed_leaves_out_the_prompt_and_prompts_are_never_repeated(tmp_path):
+def test_speed_leaves_out_the_prompt_and_prompts_are_never_repeated(tmp_path, monkeypatch):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps({"vocab_size": 6400}))
-    generator = SleepingGenerator()
+    generator = ClockedGenerator()
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: generator.now))
     numbers = measure_generator(generator, DecodingConfig(tmp_path, rows=("1", "4"), busy=True))
-    assert 100 < numbers["tokens_per_second_1_row"] <= 500  # 2 ms per token, more on a loaded machine
-    assert numbers["tokens_per_second_4_rows"] > 1.5 * numbers["tokens_per_second_1_row"]
-    assert numbers["first_token_ms_64"] >= 20 and numbers["weight_bytes"] == 10
+    assert numbers["tokens_per_second_1_row"] == pytest.approx(500)
+    assert numbers["tokens_per_second_4_rows"] == pytest.approx(2000)
+    assert numbers["first_token_ms_64"] == pytest.approx(20) and numbers["weight_bytes"] == 10
     assert numbers["busy_median_ms"] == pytest.approx(1)
     assert len({tuple(prompt) for prompt in generator.prompts}) == len(generator.prompts)
 

@@ -17,7 +17,7 @@ def python(code: str) -> Row:
 def test_without_a_gpu_there_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA GPU: .*--device cpu --preset demo --quick"):
+        with pytest.raises(UserError, match=r"no CUDA GPU: .*--device cpu --preset demo --quick"):
             gpu.main()
 
 

@@ -144,6 +144,7 @@ READ_ONLY = {
     "benchmarks.gpu",
     "benchmarks.pretrain_throughput",
     "benchmarks.data",
+    "benchmarks.data_case",
     "benchmarks.train_case",
     "benchmarks.training",
     "benchmarks.growth",
