@@ -92,13 +92,13 @@ def make_cases(config: GenerationConfig, folder: Path) -> Iterator[Case]:
             command = [python, "-m", f"benchmarks.peer_cases.{PEER_MODULES[peer]}", str(folder), "--dtype", dtype]
             yield Case(f"{peer}, {dtype}", [*command, *options], environment=environment)
     for text in config.peer:
-        name, _, command = text.partition("=")
-        for dtype in config.dtypes if "{dtype}" in command else config.dtypes[:1]:
+        name, _, line = text.partition("=")
+        for dtype in config.dtypes if "{dtype}" in line else config.dtypes[:1]:
             values = {"folder": str(folder), "dtype": dtype, "rows": ",".join(config.rows), "threads": threads}
-            words = shlex.split(command)
+            words = shlex.split(line)
             for key, value in values.items():
                 words = [word.replace(f"{{{key}}}", value) for word in words]
-            title = f"{name.strip()}, {dtype}" if "{dtype}" in command else name.strip()
+            title = f"{name.strip()}, {dtype}" if "{dtype}" in line else name.strip()
             yield Case(title, words, folder=Path.cwd())
     for dtype in config.dtypes:
         command = [sys.executable, "-m", "benchmarks.decode_mengya", str(folder), "--dtype", dtype]

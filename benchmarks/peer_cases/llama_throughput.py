@@ -23,7 +23,8 @@ from benchmarks.train_spec import TrainSpec
 def main() -> None:
     spec, kind = TrainSpec.from_json(sys.argv[1]), sys.argv[2]
     torch.set_float32_matmul_precision("high")
-    model: nn.Module = make_llama(spec.model).to(spec.device).train()
+    llama: nn.Module = make_llama(spec.model)
+    model = llama.to(spec.device).train()
     if kind == "compile":
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -22,8 +22,8 @@ class TransformersGenerator:
 
     def __init__(self, config: DecodingConfig) -> None:
         dtype = getattr(torch, config.dtype)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(config.folder / "hf", dtype=dtype)
-        self.model.to(config.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(config.folder / "hf", dtype=dtype)
+        self.model: Any = model.to(config.device).eval()
         self.model.generation_config.eos_token_id = None
         weights = [p for name, p in self.model.named_parameters() if p.dim() > 1]
         tied = self.model.config.tie_word_embeddings
