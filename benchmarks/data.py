@@ -14,7 +14,7 @@ Both sides read jsonl and write their result to disk; imports are not timed. dat
 --processes says, ours with as many threads (RAYON_NUM_THREADS). mb_per_second_map_only leaves out the time in which
 datasets reads the jsonl file. In sft ours also writes the masks of trained tokens; neither packs rows.
 Writes out/benchmarks/data-WHAT.md, .json (the numbers of all rounds) and .png.
-Read next: data_case.py (our programs and the inputs), peer_cases/datasets_map.py, peer_cases/plain_tools.py.
+Read next: data_inputs.py, data_case.py (our programs), peer_cases/datasets_map.py, peer_cases/plain_tools.py.
 """
 
 import sys
@@ -105,7 +105,7 @@ def main() -> None:
     config = parse(DataBenchmarkConfig, __doc__)
     python = peer_python(["datasets"]) if config.peers and config.what != ("clean",) else ""
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        command = [sys.executable, "-m", "benchmarks.data_case", folder, "prepare", "--preset", config.preset]
+        command = [sys.executable, "-m", "benchmarks.data_inputs", folder, "--preset", config.preset]
         command += ["--megabytes", str(config.megabytes)]
         exam = (config.exam,) if config.exam else ()
         for name, files in (("--text", config.text), ("--chats", config.chats), ("--exam", exam)):

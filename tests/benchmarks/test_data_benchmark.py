@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import data, data_case
 from benchmarks.data import WHAT, DataBenchmarkConfig, make_cases, write_table
-from benchmarks.data_case import DataCaseConfig, prepare
+from benchmarks.data_inputs import DataInputsConfig, prepare_data
 from benchmarks.harness import run_case
 from benchmarks.peer_cases import plain_tools
 from common import cli
@@ -15,7 +15,7 @@ from common.errors import UserError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    prepare(DataCaseConfig(folder, "prepare", preset="demo", megabytes=0.1))
+    prepare_data(DataInputsConfig(folder, preset="demo", megabytes=0.1))
     return folder
 
 

@@ -145,6 +145,7 @@ READ_ONLY = {
     "benchmarks.pretrain_throughput",
     "benchmarks.data",
     "benchmarks.data_case",
+    "benchmarks.data_inputs",
     "benchmarks.train_case",
     "benchmarks.training",
     "benchmarks.growth",
