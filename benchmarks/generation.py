@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation                     26.9 M, 5 rounds; under ten minutes on two cores
     python -m benchmarks.generation --preset base --dtypes bfloat16 --rows 1
-    python -m benchmarks.generation --peers none --peer "other=python other.py {folder} {dtype}"
+    python -m benchmarks.generation --peers none --peer "other=python -m other {folder} {dtype}"
 
     limit = bytes per second of a read of memory, measured in every round / bytes of the weights
 

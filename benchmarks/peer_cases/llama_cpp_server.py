@@ -1,10 +1,10 @@
-"""llama.cpp's server, in this process through the package xllamacpp, as a program of decoding.py.
+"""llama.cpp's server, in this process through the package xllamacpp, as a program of ../decoding.py.
 
     python -m benchmarks.peer_cases.llama_cpp_server FOLDER --dtype f32|q8_0 --rows 1,16
 
 Reads FOLDER/model-DTYPE.gguf. The KV cache is fp16 and all settings are llama.cpp's defaults, but for the context: one
 slot of the model's context per row. Rows are requests of as many threads, which the server decodes together.
-Needs xllamacpp only. Read next: ../decoding.py (the numbers).
+Needs xllamacpp only. Read next: ../decoding.py, which lists the numbers.
 """
 
 import json

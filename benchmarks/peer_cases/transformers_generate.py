@@ -1,8 +1,8 @@
-"""transformers' generate with its KV cache as a program of decoding.py, on this project's exported folder.
+"""transformers' generate with its KV cache as a program of ../decoding.py, on this project's exported folder.
 
     python -m benchmarks.peer_cases.transformers_generate FOLDER --dtype float32|bfloat16 --rows 1,16 --device cpu
 
-Needs torch and transformers only. Read next: ../decoding.py (the numbers).
+Needs torch and transformers only. Read next: ../decoding.py, which lists the numbers.
 """
 
 import json
