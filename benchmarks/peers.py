@@ -28,6 +28,8 @@ from common.locks import lock_output
 REQUIREMENTS = {
     "transformers": ("transformers>=4.50,<6", "accelerate>=1.1,<2"),
     "litgpt": ("litgpt>=0.5.8,<0.6",),
+    "llama.cpp": ("xllamacpp",),
+    "datasets": ("datasets>=3,<6", "transformers>=4.50,<6"),
 }
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mengya-benchmarks"
 MARKER = "complete.json"
