@@ -125,10 +125,7 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - options["momentum"])
         torch._foreach_copy_(buffers, list(momentum.unbind()))
         update = gradient.lerp_(momentum, options["momentum"]).to(self.dtype)
-        if is_sharded(matrices[0]):
-            update = orthogonalize_shards(update, matrices[0])
-        else:
-            update = orthogonalize(update)
+        update = orthogonalize_shards(update, matrices[0]) if is_sharded(matrices[0]) else orthogonalize(update)
         update = update.to(momentum.dtype, memory_format=torch.contiguous_format)
         if skip is not None:
             update = torch.where(skip, 0.0, update)
@@ -154,14 +151,31 @@ def local_tensors(tensors: list[Any]) -> list[Tensor]:
 def orthogonalize(stack: Tensor) -> Tensor:
     """Return (approximately) the nearest semi-orthogonal matrix of each: (count, rows, columns), same shape and dtype.
 
-    Newton-Schulz iteration: X = a X + (b X X^T + c (X X^T)^2) X, from X of Frobenius norm 1.
+    Newton-Schulz iteration: X = P X with P = a I + b G + c G^2 and G = X X^T, from X of Frobenius norm 1. Where X is
+    wide, the product of all P is computed first, from G alone. That needs fp32: bf16 loses small singular values.
     """
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        x = product_of_polynomials(x @ x.mT) @ x
+    else:
+        for a, b, c in NEWTON_SCHULZ:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if stack.shape[1] > stack.shape[2] else x
+
+
+def product_of_polynomials(gram: Tensor) -> Tensor:
+    """Return P_n ... P_1 of the iteration in `orthogonalize`, from G = X X^T, (count, rows, rows). P and G commute."""
+    product: Tensor | None = None
+    for a, b, c in NEWTON_SCHULZ:
+        if product is not None:
+            gram = p @ gram @ p
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        product = p if product is None else p @ product
+    assert product is not None
+    return product
 
 
 def orthogonalize_shards(shards: Tensor, matrix: Any) -> Tensor:
