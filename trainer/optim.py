@@ -9,6 +9,7 @@ about rate x dim, so narrow models need a higher rate.
 Read next: loop.py.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -166,16 +167,17 @@ def orthogonalize(stack: Tensor) -> Tensor:
 
 
 def product_of_polynomials(gram: Tensor) -> Tensor:
-    """Return P_n ... P_1 of the iteration in `orthogonalize`, from G = X X^T, (count, rows, rows). P and G commute."""
-    product: Tensor | None = None
+    """Return the product of all P of the iteration in `orthogonalize`, from G = X X^T (count, rows, rows): same shape.
+
+    P and G commute, so the next G is P G P.
+    """
+    polynomials: list[Tensor] = []
     for a, b, c in NEWTON_SCHULZ:
-        if product is not None:
-            gram = p @ gram @ p
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal(dim1=1, dim2=2).add_(a)
-        product = p if product is None else p @ product
-    assert product is not None
-    return product
+        if polynomials:
+            gram = polynomials[-1] @ gram @ polynomials[-1]
+        polynomials.append(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        polynomials[-1].diagonal(dim1=1, dim2=2).add_(a)
+    return functools.reduce(torch.matmul, polynomials)
 
 
 def orthogonalize_shards(shards: Tensor, matrix: Any) -> Tensor:

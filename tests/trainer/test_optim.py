@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
+from trainer import optim
 from trainer.optim import NEWTON_SCHULZ, Muon, make_optimizers, orthogonalize, orthogonalize_shards, stack_elements
 
 SHAPES = [(64, 64), (32, 64), (64, 32), (40, 120), (120, 40), (1, 7), (96, 96)]
@@ -44,10 +45,16 @@ def train(optimizer, matrices, steps=4, skipped=()):
 
 
 def torch_muon(matrices):
-    return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", ns_coefficients=NEWTON_SCHULZ[0], **OPTIONS)
+    return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **OPTIONS)
 
 
-def test_bf16_equals_torch_to_the_bit():
+@pytest.fixture
+def torch_coefficients(monkeypatch):
+    """The coefficients of torch.optim.Muon: the same in each of five iterations."""
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)
+
+
+def test_bf16_equals_torch_to_the_bit(torch_coefficients):
     """Matrices are stacked in threes and, where the stack has a limit, in ones and twos."""
     ours, theirs = make_matrices(), make_matrices()
     weights, momentum = train(Muon(ours, dtype=torch.bfloat16, **OPTIONS), ours)
@@ -100,7 +107,7 @@ def test_gradient_scaler_skips_without_a_read(is_finite, monkeypatch):
     assert scaler.get_scale() == (64 if is_finite else 32)
 
 
-def test_matrices_without_gradient_keep_weights_and_momentum():
+def test_matrices_without_gradient_keep_weights_and_momentum(torch_coefficients):
     """As in torch's: an unused matrix does not decay. Its shape's other matrices are stacked without it."""
     ours, theirs = make_matrices([(16, 32)]), make_matrices([(16, 32)])
     for matrices, optimizer in ((ours, Muon(ours, dtype=torch.bfloat16, **OPTIONS)), (theirs, torch_muon(theirs))):
