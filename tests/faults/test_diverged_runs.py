@@ -135,8 +135,8 @@ def test_ending_at_a_skipped_step_is_an_error(skipped, extra_flags, monkeypatch,
         skipped = {1}  # the time limit allows only one step
     replace_losses(monkeypatch, skipped)
     if "signal" in request.node.callspec.id:
-        step = loop.train_step
-        monkeypatch.setattr(loop, "train_step", lambda *given: {**step(*given), "stop_requests": 1.0})
+        read = loop.LaunchedStep.read
+        monkeypatch.setattr(loop.LaunchedStep, "read", lambda step: {**read(step), "stop_requests": 1.0})
     with pytest.raises(UserError, match=r"the loss is not finite.*(starts anew|resumes from step 6)$"):
         run_pretrain(*extra_flags)
 
