@@ -9,6 +9,7 @@ about rate x dim, so narrow models need a higher rate.
 Read next: loop.py.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -125,10 +126,7 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - options["momentum"])
         torch._foreach_copy_(buffers, list(momentum.unbind()))
         update = gradient.lerp_(momentum, options["momentum"]).to(self.dtype)
-        if is_sharded(matrices[0]):
-            update = orthogonalize_shards(update, matrices[0])
-        else:
-            update = orthogonalize(update)
+        update = orthogonalize_shards(update, matrices[0]) if is_sharded(matrices[0]) else orthogonalize(update)
         update = update.to(momentum.dtype, memory_format=torch.contiguous_format)
         if skip is not None:
             update = torch.where(skip, 0.0, update)
@@ -154,14 +152,32 @@ def local_tensors(tensors: list[Any]) -> list[Tensor]:
 def orthogonalize(stack: Tensor) -> Tensor:
     """Return (approximately) the nearest semi-orthogonal matrix of each: (count, rows, columns), same shape and dtype.
 
-    Newton-Schulz iteration: X = a X + (b X X^T + c (X X^T)^2) X, from X of Frobenius norm 1.
+    Newton-Schulz iteration: X = P X with P = a I + b G + c G^2 and G = X X^T, from X of Frobenius norm 1. Where X is
+    wide, the product of all P is computed first, from G alone. That needs fp32: bf16 loses small singular values.
     """
     x = stack.mT if stack.shape[1] > stack.shape[2] else stack
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        x = product_of_polynomials(x @ x.mT) @ x
+    else:
+        for a, b, c in NEWTON_SCHULZ:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if stack.shape[1] > stack.shape[2] else x
+
+
+def product_of_polynomials(gram: Tensor) -> Tensor:
+    """Return the product of all P of the iteration in `orthogonalize`, from G = X X^T (count, rows, rows): same shape.
+
+    P and G commute, so the next G is P G P.
+    """
+    polynomials: list[Tensor] = []
+    for a, b, c in NEWTON_SCHULZ:
+        if polynomials:
+            gram = polynomials[-1] @ gram @ polynomials[-1]
+        polynomials.append(torch.baddbmm(gram, gram, gram, beta=b, alpha=c))
+        polynomials[-1].diagonal(dim1=1, dim2=2).add_(a)
+    return functools.reduce(torch.matmul, polynomials)
 
 
 def orthogonalize_shards(shards: Tensor, matrix: Any) -> Tensor:

@@ -1,6 +1,9 @@
 """Muon against torch.optim.Muon, steps that are skipped on the device, and the number of launches of a step."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from trainer.optim import NEWTON_SCHULZ, Muon, make_optimizers, orthogonalize, stack_elements
+from trainer import optim
+from trainer.optim import NEWTON_SCHULZ, Muon, make_optimizers, orthogonalize, orthogonalize_shards, stack_elements
 
 SHAPES = [(64, 64), (32, 64), (64, 32), (40, 120), (120, 40), (1, 7), (96, 96)]
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
@@ -41,10 +45,16 @@ def train(optimizer, matrices, steps=4, skipped=()):
 
 
 def torch_muon(matrices):
-    return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", ns_coefficients=NEWTON_SCHULZ[0], **OPTIONS)
+    return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **OPTIONS)
 
 
-def test_bf16_equals_torch_to_the_bit():
+@pytest.fixture
+def torch_coefficients(monkeypatch):
+    """The coefficients of torch.optim.Muon: the same in each of five iterations."""
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)
+
+
+def test_bf16_equals_torch_to_the_bit(torch_coefficients):
     """Matrices are stacked in threes and, where the stack has a limit, in ones and twos."""
     ours, theirs = make_matrices(), make_matrices()
     weights, momentum = train(Muon(ours, dtype=torch.bfloat16, **OPTIONS), ours)
@@ -97,7 +107,7 @@ def test_gradient_scaler_skips_without_a_read(is_finite, monkeypatch):
     assert scaler.get_scale() == (64 if is_finite else 32)
 
 
-def test_matrices_without_gradient_keep_weights_and_momentum():
+def test_matrices_without_gradient_keep_weights_and_momentum(torch_coefficients):
     """As in torch's: an unused matrix does not decay. Its shape's other matrices are stacked without it."""
     ours, theirs = make_matrices([(16, 32)]), make_matrices([(16, 32)])
     for matrices, optimizer in ((ours, Muon(ours, dtype=torch.bfloat16, **OPTIONS)), (theirs, torch_muon(theirs))):
@@ -114,6 +124,37 @@ def test_stacks_on_a_cpu_are_small():
     assert stack_elements(small) // small.numel() == 64 and stack_elements(large) // large.numel() == 64
 
 
+def all_to_all_of_threads(world_size):
+    """Return torch.distributed.all_to_all_single for processes that are threads; `group` is the rank."""
+    barrier, inputs = threading.Barrier(world_size), {}
+
+    def all_to_all_single(output, sent, group):
+        inputs[group] = sent
+        barrier.wait()
+        output.copy_(torch.cat([inputs[rank].chunk(world_size)[group] for rank in range(world_size)]))
+        barrier.wait()
+
+    return all_to_all_single
+
+
+@pytest.mark.parametrize(("count", "shape"), [(4, (12, 20)), (7, (13, 20)), (2, (2, 5)), (1, (20, 12))])
+def test_shards_equal_whole_matrices(monkeypatch, count, shape):
+    """On 3 processes: shares and shards of different sizes, and empty ones."""
+    stack = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", all_to_all_of_threads(3))
+    pieces = [*stack.chunk(3, dim=1)]
+    pieces += [stack[:, :0]] * (3 - len(pieces))
+
+    def work(rank):
+        mesh = SimpleNamespace(get_group=lambda: rank, size=lambda: 3)
+        return orthogonalize_shards(pieces[rank], SimpleNamespace(device_mesh=mesh, shape=shape))
+
+    with ThreadPoolExecutor(3) as pool:
+        results = [*pool.map(work, range(3))]
+    assert [len(result[0]) for result in results] == [len(piece[0]) for piece in pieces]
+    torch.testing.assert_close(torch.cat(results, dim=1), orthogonalize(stack))
+
+
 class CountLaunches(TorchDispatchMode):
     """Counts operators that are not views."""
 
@@ -126,10 +167,11 @@ class CountLaunches(TorchDispatchMode):
 
 @pytest.mark.parametrize("found_inf", [False, True])
 def test_a_step_of_the_small_preset_needs_few_launches(found_inf):
-    """torch.optim.Muon needs 1,848. AdamW, fused, adds 2 for each of its groups."""
+    """In bf16, as on a GPU. torch.optim.Muon needs 1,848. AdamW, fused, adds 2 for each of its groups."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(**PRESETS["small"]))
         optimizer = make_optimizers(model, "muon", 1e-3, 0.1, fused=False)[0]
+        optimizer.dtype = torch.bfloat16
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # allocates the momentum
