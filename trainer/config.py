@@ -120,7 +120,10 @@ class TrainConfig(Config):
     dtype: str = _hardware(
         "auto", "dtype of matrix products (autocast); auto: bf16 where the hardware supports it", choices=DTYPE_NAMES
     )
-    compile: bool = _hardware(False, "torch.compile the model (on a CPU this needs a C++ compiler)")
+    compile: str = _hardware(
+        "auto", "torch.compile the loss; auto: on CUDA, and in long runs on CPUs with bf16 in hardware and a C++ "
+        "compiler", nargs="?", const="on", choices=("auto", "on", "off"),
+    )  # fmt: skip
     checkpoint_activations: bool = _hardware(
         False, "activation checkpointing: recompute layers in backward; less memory, slower"
     )
@@ -172,7 +175,7 @@ class TrainConfig(Config):
                 f"--parallel {self.parallel} flattens the weights, Muon needs whole matrices: "
                 "add --optimizer adamw, or use --parallel fsdp"
             )
-        if self.compile:
+        if self.compile == "on":
             raise UserError(f"--parallel {self.parallel} does not support --compile: leave it out, or use ddp or fsdp")
         if self.dtype == "float16":
             raise UserError(f"--parallel {self.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")

@@ -22,6 +22,7 @@ import torch
 
 from common.errors import UserError
 from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
+from trainer.compilation import decide_compile
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
 from trainer.distributed import DistContext, MetricSums, PendingSums
@@ -70,6 +71,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     if total_steps < 1:  # an untrained model would replace the one at `path`
         raise UserError(f"a run of {total_steps} steps trains nothing: give --max_steps or --epochs above 0")
     log_startup(config, stage, sampler, total_steps, dist)
+    config = decide_compile(config, stage, dist, state.rows_per_step, total_steps)
     engine = make_engine(config, stage, dist)
     if saved:
         engine.load_optimizer(saved, state.scaler)
