@@ -120,26 +120,26 @@ class PendingSums:
 
 
 class MetricSums:
-    """Sums of metrics on the device, in float64 (MPS: float32). `reduce` sums them over all processes at once."""
+    """Sums of metrics, in float64 (MPS: float32). `reduce` sums them over all processes at once."""
 
     def __init__(self, dist: DistContext) -> None:
-        self.dist, self.sums = dist, {}  # type: DistContext, dict[str, torch.Tensor]
+        self.dist, self.sums = dist, {}  # type: DistContext, dict[str, torch.Tensor | float]
         self.dtype = torch.float32 if dist.device.type == "mps" else torch.float64
 
     def number(self, value: float) -> torch.Tensor:
         """Return a number as a scalar on the device, without a copy from the host."""
         return torch.full((), value, dtype=self.dtype, device=self.dist.device)
 
-    @torch.no_grad()
     def add(self, **values: torch.Tensor | float) -> None:
         for name, value in values.items():
-            if name not in self.sums:
-                self.sums[name] = self.number(0.0)
-            self.sums[name] += value
+            if isinstance(value, torch.Tensor):
+                value = value.detach().to(self.dist.device, self.dtype)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def reduce(self) -> PendingSums:
         """Return the sums over all processes. One all-reduce; does not wait for the device."""
-        return PendingSums([*self.sums], self.dist.all_reduce(torch.stack([*self.sums.values()])))
+        values = [value if isinstance(value, torch.Tensor) else self.number(value) for value in self.sums.values()]
+        return PendingSums([*self.sums], self.dist.all_reduce(torch.stack(values)))
 
 
 DEFAULT_TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # default --dist_timeout, seconds

@@ -137,6 +137,7 @@ READ_ONLY = {
     "benchmarks.journeys",
     "benchmarks.call_recorder",
     "benchmarks.compare_commits",
+    "benchmarks.train_case",
 }
 
 
