@@ -17,6 +17,7 @@ import torch
 from model.config import ModelConfig
 from model.parameters import count_parameters
 from trainer.distributed import DistContext
+from trainer.metrics import format_flops
 from trainer.stage import Stage
 
 
@@ -74,3 +75,28 @@ def peak_flops(dist: DistContext) -> float | None:
     found = next((gpu for gpu in GPUS.values() if gpu.name in words), None)
     is_variant = {"pcie", "nvl", "ti", "d", "laptop"} & {*words}  # with other clocks than the card of the table
     return found.tflops * 1e12 * dist.world_size if found and not is_variant else None
+
+
+class Throughput:
+    """Speed of the steps of this process's session: tokens per second of all processes, FLOP/s and MFU."""
+
+    def __init__(self, stage: Stage, dist: DistContext) -> None:
+        self.flops_per_token, self.peak = stage_flops_per_token(stage)[0], peak_flops(dist)
+        self.tokens = self.seconds = 0.0
+
+    def step_metrics(self, tokens: float, seconds: float) -> dict[str, float]:
+        """Count a step and return its speed. MFU only where the peak is known."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        return self.metrics(tokens, seconds)
+
+    def metrics(self, tokens: float, seconds: float) -> dict[str, float]:
+        flops = self.flops_per_token * tokens / max(seconds, 1e-9)
+        return {"tflops": flops / 1e12, **({"mfu": flops / self.peak} if self.peak else {})}
+
+    def summary(self, peak_memory: float) -> str:
+        """Return the line at the end of a run. peak_memory: MiB."""
+        per_second, minutes = self.tokens / max(self.seconds, 1e-9), self.seconds / 60
+        return (
+            f"{self.tokens:,.0f} tokens in {minutes:,.1f} minutes, {per_second:,.0f} tok/s, "
+            f"{format_flops(self.metrics(self.tokens, self.seconds))}, peak memory {peak_memory / 1024:.1f} GiB"
+        )
