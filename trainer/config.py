@@ -135,7 +135,9 @@ class TrainConfig(Config):
         0.0, "seconds that a process may keep the others waiting before the run ends with an error that names it "
         "(0: 300 on CPUs, 1800 on GPUs)", type=non_negative_float,
     )  # fmt: skip
-    num_workers: int = _hardware(0, "worker processes that load batches ahead", type=int_between(0, 256))
+    num_workers: int = _hardware(
+        -1, "worker processes that load batches ahead (-1: 2 with CUDA, else 0)", type=int_between(-1, 256)
+    )
     local_rank: int = _hardware(
         0, "set by the deepspeed launcher", type=int_at_least(-1), aliases=("local-rank",), hidden=True
     )

@@ -191,18 +191,24 @@ class DDPEngine(Engine):
 class FSDPEngine(Engine):
     """FSDP2: tensors are sharded by rows; a layer's weights are gathered only while it is computed.
 
+    With bf16 or fp16 the matrices of the layers are gathered in that dtype, in which autocast uses them anyway, and
+    gradients are summed in fp32. Norms, router and embeddings are gathered in fp32: they are not rounded elsewhere.
     Gradients are reduced after every micro-batch: reducing only after the last would keep them unsharded until then.
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard  # takes a second to import
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
 
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+        low = None if dist.dtype == torch.float32 else dist.dtype
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in self.model.model.layers:
             self.compile(layer)  # not the whole loss: FSDP gathers weights between the layers
-            fully_shard(layer, mesh=mesh)
+            if low:
+                fully_shard(fp32_modules(layer), mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy if low else MixedPrecisionPolicy())
         self.module = self.make_loss()
         fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
         self.optimizers = self.make_optimizers()
@@ -222,6 +228,12 @@ class FSDPEngine(Engine):
             whole = parameter.full_tensor()  # type: ignore[attr-defined]
             if self.dist.is_rank0:
                 target[name].copy_(whole)
+
+
+def fp32_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a layer that compute in fp32 under autocast: its norms and the router of an MoE."""
+    modules = {name: module for name, module in layer.named_modules() if name.endswith(("norm", "mlp.gate"))}
+    return [module for module in modules.values() if any(True for _ in module.parameters())]
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ def job_outputs(tokenizer_dir, pretrain_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("parallel")
     pairs = [(name, mode) for name in MODELS for mode in MODES]
     jobs = [training_job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name], double=True) for name, mode in pairs]
-    for mode in ("ddp", "zero3"):
-        jobs.append(
-            training_job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16")
-        )
+    for mode in ("ddp", "fsdp", "zero3"):
+        low = [*COMMON, *UNTIED, "--dtype", "bfloat16"]
+        jobs.append(training_job(root / f"bf16-{mode}", mode, *low, *MODELS["dense"]))
+        jobs.append(training_job(root / f"bf16-moe-{mode}", mode, *low, *MODELS["moe"]))
     for mode in ("ddp", "fsdp"):
         jobs.append(training_job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
@@ -93,11 +93,13 @@ def test_losses_and_weights_equal_ddp(job_outputs, name, mode):
 
 
 @NEEDS_DEEPSPEED
-def test_zero3_equals_ddp_in_bf16_with_untied_output(job_outputs):
-    assert_same_losses(log_rows(job_outputs[0] / "bf16-zero3"), log_rows(job_outputs[0] / "bf16-ddp"), rel=3e-3)
-    assert {tensor.dtype for tensor in load_weights(checkpoint_file(job_outputs[0] / "bf16-zero3")).values()} == {
-        torch.float32
-    }
+@pytest.mark.parametrize("mode", ["fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["bf16", "bf16-moe"])
+def test_sharded_bf16_equals_ddp(job_outputs, name, mode):
+    """With an untied output layer, and an MoE whose router stays in fp32."""
+    ours, theirs = job_outputs[0] / f"{name}-{mode}", job_outputs[0] / f"{name}-ddp"
+    assert_same_losses(log_rows(ours), log_rows(theirs), rel=3e-3)
+    assert {tensor.dtype for tensor in load_weights(checkpoint_file(ours)).values()} == {torch.float32}
 
 
 @NEEDS_DEEPSPEED
