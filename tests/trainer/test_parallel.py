@@ -40,7 +40,9 @@ def job_outputs(tokenizer_dir, pretrain_dir, tmp_path_factory):
         jobs.append(training_job(root / f"bf16-{mode}", mode, *low, *MODELS["dense"]))
         jobs.append(training_job(root / f"bf16-moe-{mode}", mode, *low, *MODELS["moe"]))
     for mode in ("ddp", "fsdp"):
-        jobs.append(training_job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
+        muon = [*COMMON, *MODELS["dense"], "--optimizer", "muon"]
+        jobs.append(training_job(root / f"muon-{mode}", mode, *muon))
+        jobs.append(training_job(root / f"late-{mode}", mode, *muon, late=True))
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     jobs.append(training_job(root / "whole", "ddp", *long))
     stops = (("zero1", 1), ("fsdp", 3), ("zero3", 5), ("ddp", 7), ("zero2", 9))
@@ -100,6 +102,13 @@ def test_sharded_bf16_equals_ddp(job_outputs, name, mode):
     ours, theirs = job_outputs[0] / f"{name}-{mode}", job_outputs[0] / f"{name}-ddp"
     assert_same_losses(log_rows(ours), log_rows(theirs), rel=3e-3)
     assert {tensor.dtype for tensor in load_weights(checkpoint_file(ours)).values()} == {torch.float32}
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_steps_read_late_are_the_same_steps(job_outputs, mode):
+    late, at_once = (load_weights(checkpoint_file(job_outputs[0] / f"{name}-{mode}")) for name in ("late", "muon"))
+    assert all(torch.equal(late[name], at_once[name]) for name in at_once)
 
 
 @NEEDS_DEEPSPEED
