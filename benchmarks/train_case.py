@@ -19,6 +19,7 @@ from common.errors import fail_in_one_line
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
+from trainer.compilation import decide_compile
 from trainer.datasets import MicroBatches, PackedDataset, prefetch_batches
 from trainer.distributed import DistContext, init_distributed
 from trainer.loop import train_step
@@ -41,12 +42,16 @@ def time_steps(spec: TrainSpec, config, compute_loss, dist: DistContext) -> None
         data, data.batch_sampler(spec.batch_size, config.seed), config.batch_size, dist.rank, dist.world_size
     )
     is_cuda, first_loss = dist.device.type == "cuda", 0.0
+    config = decide_compile(config, stage, dist, spec.batch_size, LONG_RUN)
     with make_engine(config, stage, dist) as engine:
         times = StepTimes(torch.cuda.synchronize if is_cuda else lambda: None)
-        for step, micro_batches in enumerate(prefetch_batches(batches, range(spec.all_steps), config.num_workers)):
+        loaded = prefetch_batches(batches, range(spec.all_steps), config.num_workers, dist.device.type)
+        for step, micro_batches in enumerate(loaded):
             set_learning_rate(config, engine.optimizers, step, 0.0)
             sums = train_step(engine, micro_batches)
-            first_loss = first_loss or sums["loss"] / sums["num_targets"]
+            if not step:
+                first = sums.read()
+                first_loss = first["loss"] / first["num_targets"]
             times.end_step()
     if dist.is_rank0:
         memory = torch.cuda.max_memory_allocated() if is_cuda else 0

@@ -247,19 +247,22 @@ class MicroBatches(Dataset[Any]):
 
 
 def prefetch_batches(
-    batches: MicroBatches, steps: range, num_workers: int = 0, pin_memory: bool = False
+    batches: MicroBatches, steps: range, num_workers: int = 0, device_type: str = "cpu"
 ) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each step, loaded in advance by `num_workers` worker processes.
+    """Yield the micro-batches of each step, loaded in advance by `num_workers` worker processes (-1: 2 with CUDA).
 
-    pin_memory: page-locked batches, from which a GPU copies while it computes. Raises UserError if the data is damaged.
+    For CUDA they are page-locked: a GPU copies them while it computes. Raises UserError if the data is damaged.
     """
+    is_cuda = device_type == "cuda"
+    if num_workers < 0:
+        num_workers = 2 if is_cuda else 0
     loader: Any = DataLoader(
         batches,
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        pin_memory=pin_memory,
+        pin_memory=is_cuda,
     )
     for item in loader:
         if isinstance(item, UserError):

@@ -130,7 +130,8 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossAndMetrics:
         """Return the loss of a batch, without gradients. All processes must call it equally often."""
-        return self.module(batch)  # type: ignore[no-any-return]
+        result: LossAndMetrics = self.module(batch)
+        return result
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

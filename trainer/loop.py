@@ -167,9 +167,8 @@ class TrainingSteps:
 
     def __iter__(self) -> Iterator[LaunchedStep]:
         waiting: LaunchedStep | None = None
-        on_cuda, num_workers = self.engine.dist.device.type == "cuda", self.engine.config.num_workers
-        num_workers = (2 if on_cuda else 0) if num_workers < 0 else num_workers
-        loaded = prefetch_batches(self.batches, self.numbers, num_workers, pin_memory=on_cuda)
+        config, device = self.engine.config, self.engine.dist.device
+        loaded = prefetch_batches(self.batches, self.numbers, config.num_workers, device.type)
         for number, micro_batches in zip(self.numbers, loaded, strict=True):
             launched = self.launch(number, micro_batches)
             if waiting:
