@@ -47,7 +47,7 @@ RENAMED_LOG_KEYS = dict(RENAMED_METRICS)
 # Other keys of meta.json, checkpoints and answers, old -> new.
 RENAMED_KEYS: dict[str, str] = {}
 # Keys whose values differ between two runs of one commit: times, speeds, memory.
-VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb"}
+VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb", "tflops", "mfu"}
 # Ignored: the checksum of meta.json itself, which differs if a key was renamed. Its values are compared one by one.
 CHECKSUM_KEYS = {"checksum"}
 

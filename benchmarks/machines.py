@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 from trainer.memory import training_memory
-from trainer.plan import GPU, GPUS, flops_per_token
+from trainer.throughput import GPU, GPUS, flops_per_token
 
 
 @dataclass(frozen=True)

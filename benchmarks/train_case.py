@@ -19,6 +19,7 @@ from common.errors import fail_in_one_line
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
+from trainer.compilation import decide_compile
 from trainer.datasets import MicroBatches, PackedDataset
 from trainer.distributed import DistContext, init_distributed
 from trainer.loop import TrainingSteps
@@ -41,6 +42,7 @@ def time_steps(spec: TrainSpec, config, compute_loss, dist: DistContext) -> None
         data, data.batch_sampler(spec.batch_size, config.seed), config.batch_size, dist.rank, dist.world_size
     )
     times, losses = StepTimes(), list[float]()  # reading the sums of a step waits for the device
+    config = decide_compile(config, stage, dist, spec.batch_size, LONG_RUN)
     numbers, timer = range(spec.all_steps), TrainingTimer(0, 0.0, 0.0, dist)
     with make_engine(config, stage, dist) as engine:
         for step in TrainingSteps(engine, timer, batches, numbers, config.max_steps, lambda number: False):

@@ -35,7 +35,7 @@ EXACT_FLAGS = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]  
 def load_script(name: str):
     """Import a numbered script, whose file name is not a valid module name."""
     spec = importlib.util.spec_from_file_location(name.replace("-", "_").removesuffix(".py"), ROOT / name)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile imports it by its name
     spec.loader.exec_module(module)
     return module
 

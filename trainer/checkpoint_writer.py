@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from common.checksums import with_checksum
 from common.errors import UserError
@@ -36,6 +36,7 @@ from trainer.state_files import (
     STATE_FORMAT,
     CopiedPiece,
     copy_to_cpu,
+    host_copy,
     select_written_tensors,
     write_state,
 )
@@ -134,14 +135,27 @@ class CheckpointWriter:
         if self.dist.is_rank0:
             lineage = [*self.stage.lineage, lineage_entry(self.config, self.stage, train_state)]
             content = build_checkpoint(self.stage.model, self.stage.name, self.stage.tokenizer, lineage)
-            self.pending.append(self.threads.submit(atomic_save, clone_checkpoint(content), self.path))
+            self.submit(atomic_save, clone_checkpoint(content), self.path)
         if not is_saved:
             written = select_written_tensors(
                 self.engine.state_dict(), self.dist.rank, self.dist.world_size, self.engine.replicated
             )
             self.copies = copy_to_cpu(written, self.copies)
-            self.pending.append(self.threads.submit(write_state, folder, self.dist.rank, self.copies))
+            self.submit(write_state, folder, self.dist.rank, self.copies)
             self.saved_step = train_state.step
+
+    def submit(self, write: Callable[..., None], *given: Any) -> None:
+        """Write in a thread, after the copies that a GPU has queued up to now. The loop does not wait for them."""
+        copied = torch.cuda.Event() if self.dist.device.type == "cuda" else None
+        if copied:
+            copied.record()
+
+        def run() -> None:
+            if copied:
+                copied.synchronize()
+            write(*given)
+
+        self.pending.append(self.threads.submit(run))
 
     def prepare_step_folder(self, folder: Path, train_state: TrainState, is_saved: bool) -> None:
         """Create the step folder with progress.json; if the step is saved already, only rewrite progress.json."""
@@ -182,12 +196,8 @@ class CheckpointWriter:
 
 
 def clone_checkpoint(content: Checkpoint) -> Checkpoint:
-    """Return `content` with copies of its tensors: a thread writes them while the optimizer changes the weights."""
-
-    def clone_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in state.items()}
-
-    return {**content, "model": clone_tensors(content["model"])}
+    """Return `content` with its tensors on the CPU: a thread writes them while the optimizer changes the weights."""
+    return {**content, "model": {name: host_copy(tensor) for name, tensor in content["model"].items()}}
 
 
 def lineage_entry(config: TrainConfig, stage: Stage, train_state: TrainState) -> dict[str, Any]:

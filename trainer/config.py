@@ -120,7 +120,10 @@ class TrainConfig(Config):
     dtype: str = _hardware(
         "auto", "dtype of matrix products (autocast); auto: bf16 where the hardware supports it", choices=DTYPE_NAMES
     )
-    compile: bool = _hardware(False, "torch.compile the model (on a CPU this needs a C++ compiler)")
+    compile: str = _hardware(
+        "auto", "torch.compile the loss; auto: on CUDA, and in long runs on CPUs with bf16 in hardware and a C++ "
+        "compiler", nargs="?", const="on", choices=("auto", "on", "off"),
+    )  # fmt: skip
     checkpoint_activations: bool = _hardware(
         False, "activation checkpointing: recompute layers in backward; less memory, slower"
     )
@@ -132,7 +135,9 @@ class TrainConfig(Config):
         0.0, "seconds that a process may keep the others waiting before the run ends with an error that names it "
         "(0: 300 on CPUs, 1800 on GPUs)", type=non_negative_float,
     )  # fmt: skip
-    num_workers: int = _hardware(0, "worker processes that load batches ahead", type=int_between(0, 256))
+    num_workers: int = _hardware(
+        -1, "worker processes that load batches ahead (-1: 2 with CUDA, else 0)", type=int_between(-1, 256)
+    )
     local_rank: int = _hardware(
         0, "set by the deepspeed launcher", type=int_at_least(-1), aliases=("local-rank",), hidden=True
     )
@@ -172,7 +177,7 @@ class TrainConfig(Config):
                 f"--parallel {self.parallel} flattens the weights, Muon needs whole matrices: "
                 "add --optimizer adamw, or use --parallel fsdp"
             )
-        if self.compile:
+        if self.compile == "on":
             raise UserError(f"--parallel {self.parallel} does not support --compile: leave it out, or use ddp or fsdp")
         if self.dtype == "float16":
             raise UserError(f"--parallel {self.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")

@@ -16,7 +16,6 @@ Read next: loop.py (the caller), zero.py, train_state.py (saved states).
 import contextlib
 import copy
 import math
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
 from model.transformer import Transformer
 from trainer.config import TrainConfig
 from trainer.datasets import Batch
@@ -71,13 +69,13 @@ class Engine:
         return make_optimizers(self.model, config.optimizer, config.learning_rate, config.weight_decay, fused)
 
     def make_loss(self) -> StageLoss:
-        """Return the loss of the model, which --compile compiles. Raises UserError without a C++ compiler."""
-        if not self.config.compile:
-            return StageLoss(self.stage, self.dist, self.model)
-        compilers = ("g++", "clang++", "c++", "cl")
-        if self.dist.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
-            raise UserError("--compile on a CPU needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
-        return StageLoss(self.stage, self.dist, torch.compile(self.model))  # type: ignore[arg-type]
+        """Return the loss in training mode; --compile compiles its calls (evaluation calls `forward`, which is not)."""
+        return StageLoss(self.stage, self.dist, self.model).train()
+
+    def compile(self, module: nn.Module) -> None:
+        """Compile the calls of a module if --compile is on. Rows of different lengths share one graph."""
+        if self.config.compile == "on":
+            module.compile(dynamic=True if self.stage.data.lengths() is not None else None)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
     def forward_backward(self, batch: Batch, loss_scale: Tensor, is_last: bool) -> LossAndMetrics:
@@ -85,6 +83,9 @@ class Engine:
 
         Returns what compute_loss returns: (sum of losses, {name: sum to log}).
         """
+        if self.config.compile == "on":  # a number would be a constant of the graph
+            batch = {name: value for name, value in batch.items() if name not in ("row_ids", "num_tokens")}
+            batch["num_targets"] = torch.full((), batch["num_targets"], device=self.dist.device)
         is_accumulating = isinstance(self.module, DistributedDataParallel) and not is_last
         with self.module.no_sync() if is_accumulating else contextlib.nullcontext():
             loss, metrics = self.module(batch)
@@ -129,8 +130,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossAndMetrics:
         """Return the loss of a batch, without gradients. All processes must call it equally often."""
-        is_replicated = isinstance(self.module, DistributedDataParallel)
-        result: LossAndMetrics = (self.module.module if is_replicated else self.module)(batch)
+        result: LossAndMetrics = self.module(batch)
         return result
 
     # ---- state -------------------------------------------------------------------------------------------------------
@@ -176,27 +176,41 @@ class DDPEngine(Engine):
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
         super().__init__(config, stage, dist, stage.model.to(dist.device))
         self.optimizers = self.make_optimizers()
-        self.module = self.make_loss().train()
+        self.loss = self.module = self.make_loss()
+        self.compile(self.loss)
         if dist.world_size > 1:
             devices = [dist.device] if dist.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.module, device_ids=devices)
+            self.module = DistributedDataParallel(
+                self.loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossAndMetrics:
+        return self.loss.forward(batch)
 
 
 class FSDPEngine(Engine):
     """FSDP2: tensors are sharded by rows; a layer's weights are gathered only while it is computed.
 
+    With bf16 or fp16 the matrices of the layers are gathered in that dtype, in which autocast uses them anyway, and
+    gradients are summed in fp32. Norms, router and embeddings are gathered in fp32: they are not rounded elsewhere.
     Gradients are reduced after every micro-batch: reducing only after the last would keep them unsharded until then.
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard  # takes a second to import
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second to import
 
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+        low = None if dist.dtype == torch.float32 else dist.dtype
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in self.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        self.module = self.make_loss().train()
+            self.compile(layer)  # not the whole loss: FSDP gathers weights between the layers
+            if low:
+                fully_shard(fp32_modules(layer), mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy if low else MixedPrecisionPolicy())
+        self.module = self.make_loss()
         fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
         self.optimizers = self.make_optimizers()
 
@@ -215,6 +229,12 @@ class FSDPEngine(Engine):
             whole = parameter.full_tensor()  # type: ignore[attr-defined]
             if self.dist.is_rank0:
                 target[name].copy_(whole)
+
+
+def fp32_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a layer that compute in fp32 under autocast: its norms and the router of an MoE."""
+    modules = {name: module for name, module in layer.named_modules() if name.endswith(("norm", "mlp.gate"))}
+    return [module for module in modules.values() if any(True for _ in module.parameters())]
 
 
 @torch.no_grad()

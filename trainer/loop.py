@@ -22,6 +22,7 @@ import torch
 
 from common.errors import UserError
 from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
+from trainer.compilation import decide_compile
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
 from trainer.distributed import DistContext, MetricSums, PendingSums
@@ -32,6 +33,7 @@ from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
 from trainer.optim import set_learning_rate
 from trainer.stage import Stage
 from trainer.startup import check_first_loss, log_startup, make_engine
+from trainer.throughput import Throughput
 from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, load_train_state, micro_batch_size
 
@@ -70,18 +72,18 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     if total_steps < 1:  # an untrained model would replace the one at `path`
         raise UserError(f"a run of {total_steps} steps trains nothing: give --max_steps or --epochs above 0")
     log_startup(config, stage, sampler, total_steps, dist)
+    config = decide_compile(config, stage, dist, state.rows_per_step, total_steps)
     engine = make_engine(config, stage, dist)
     if saved:
         engine.load_optimizer(saved, state.scaler)
     elif not stage.lineage:
         check_first_loss(config, stage, sampler, engine)
-    logger = MetricLogger(path.with_suffix(".jsonl"), stage.name, total_steps, state.step, dist.is_rank0)
-    if config.use_wandb and dist.is_rank0:
-        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
+    logger = open_logger(config, stage, total_steps, state.step, dist)
     guard = NonFiniteGuard(config, stage, sampler, logger, dist)
     guard.start_from(state, is_resumed=saved is not None)
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
     batches = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
+    throughput = Throughput(stage, dist)
     timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
     stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
     numbers = range(state.step, state.step if stop else total_steps)
@@ -92,12 +94,12 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
             for step in steps:
                 logger.print(sampler.notice_before(state.step))
                 sums = step.read()
-                timer.finish_step()
-                state.update(sums, timer.seconds)
+                state.update(sums, timer.finish_step())
                 dist.step = state.step
                 guard.check_step(sums, step.micro_batches)
                 row = step_metrics(engine, state, sums) | sampler.step_metrics(state.step) | {"lr": step.lr}
                 row |= timer.metrics(sums["num_tokens"], total_steps - state.step)
+                row |= throughput.step_metrics(sums["num_tokens"], timer.step_seconds)
                 state.objection = state.objection or stage.early_stop(row)
                 stop = stop_reason(state, total_steps, timer, sums["stop_requests"]) or stop
                 logger.log(row, is_due=bool(stop) or state.step == 1 or state.step % config.log_interval == 0)
@@ -118,8 +120,17 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
             guard.check_validation(state.validation["val_loss"])
             checkpoints.save(state, final=True)  # save again, with the validation results in the lineage
         checkpoints.finish(complete=stop.is_final)
+    dist.print0(throughput.summary(peak_memory_mb(dist.device.type)))
     dist.print0(f"saved {path}{describe_stop(stop, state, total_steps, config.max_minutes)}")
     return path
+
+
+def open_logger(config: TrainConfig, stage: Stage, total_steps: int, step: int, dist: DistContext) -> MetricLogger:
+    path = stage.checkpoint_path(config.out_dir).with_suffix(".jsonl")
+    logger = MetricLogger(path, stage.name, total_steps, step, dist.is_rank0)
+    if config.use_wandb and dist.is_rank0:
+        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
+    return logger
 
 
 @dataclasses.dataclass
@@ -156,9 +167,9 @@ class TrainingSteps:
 
     def __iter__(self) -> Iterator[LaunchedStep]:
         waiting: LaunchedStep | None = None
-        for number, micro_batches in zip(
-            self.numbers, prefetch_batches(self.batches, self.numbers, self.engine.config.num_workers), strict=True
-        ):
+        config, device = self.engine.config, self.engine.dist.device
+        loaded = prefetch_batches(self.batches, self.numbers, config.num_workers, device.type)
+        for number, micro_batches in zip(self.numbers, loaded, strict=True):
             launched = self.launch(number, micro_batches)
             if waiting:
                 yield waiting

@@ -26,7 +26,10 @@ MetricRow = dict[str, Any]
 
 
 def peak_memory_mb(device_type: str) -> float:
-    """Return the peak memory in MiB: of the GPU with "cuda", else of this process; 0 where the system reports none."""
+    """Return the peak memory in MiB: of the GPU with "cuda", else of this process; 0 where the system reports none.
+
+    Reads counters of the host's allocator, so it does not wait for a GPU.
+    """
     if device_type == "cuda":
         import torch
 
@@ -176,12 +179,18 @@ def is_log_row(row: Any) -> bool:
 
 
 def format_metrics(row: MetricRow) -> str:
-    """Return the line of a training step: loss, learning rate, tokens per second, time left, memory."""
+    """Return the line of a training step: loss, learning rate, tokens and FLOPs per second, time left, memory."""
     left = row.get("seconds_left")
     eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
     memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
     pairs = format_preference_metrics(row["reward_accuracy"], row["reward_margin"]) if "reward_accuracy" in row else ""
-    return f"loss {row['loss']:.3f}{pairs} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tok/s{eta}{memory}"
+    speed = f"{row['tokens_per_second']:,.0f} tok/s" + (f" {format_flops(row)}" if "tflops" in row else "")
+    return f"loss {row['loss']:.3f}{pairs} lr {row['lr']:.2e} {speed}{eta}{memory}"
+
+
+def format_flops(metrics: dict[str, float]) -> str:
+    """Return "1.23 TFLOP/s", with "(MFU 12.3 %)" where it is known."""
+    return f"{metrics['tflops']:.3g} TFLOP/s" + (f" (MFU {metrics['mfu']:.1%})" if "mfu" in metrics else "")
 
 
 def format_preference_metrics(accuracy: float, margin: float) -> str:

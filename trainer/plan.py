@@ -1,6 +1,6 @@
 """1-pretrain.py --plan: parameters, tokens, FLOPs, memory, time and cost of a training run. Trains nothing.
 
-    FLOPs per token      6 N + 12 layers heads head_dim seq           (PaLM, arXiv:2204.02311, appendix B)
+    FLOPs per token      6 N + 12 layers heads head_dim seq           (throughput.py)
     time                 FLOPs / (GPUs x peak FLOP/s x utilisation)
     inference            weights + KV cache of `batch` sequences at full context + CUDA context (0.8 GB)
     int8                 GGUF's q8_0: 34 bytes for 32 weights; the KV cache is fp16, as in llama.cpp
@@ -11,12 +11,11 @@
 N is the number of parameters that take part in the matrix products of a token. The second command prints a table as in
 MindLLM's technical report (arXiv:2310.15777): sizes, memory and GPUs of training and inference, in full and half
 precision.
-Read next: memory.py (the estimates), ../benchmarks/machines.py (the bottleneck of each machine).
+Read next: memory.py and throughput.py (the estimates), ../benchmarks/machines.py (the bottleneck of each machine).
 """
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -29,6 +28,7 @@ from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
 from trainer.config import PARALLEL_MODES, PlanConfig
 from trainer.memory import CUDA_CONTEXT, inference_memory, training_memory
+from trainer.throughput import GPU, GPUS, flops_per_token
 
 USABLE_MEMORY = 0.92  # usable fraction of a GPU's memory; the allocator loses the other part to fragmentation
 INFERENCE_FORMATS = {  # bytes per weight, bytes per element of the KV cache
@@ -37,38 +37,6 @@ INFERENCE_FORMATS = {  # bytes per weight, bytes per element of the KV cache
     "int8 (GGUF)": (34 / 32, 2),
 }
 INFERENCE_BATCHES = (1, 8)
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Peak dense throughput in bf16 (fp16 on GPUs without bf16), memory and links, from NVIDIA's data sheets."""
-
-    name: str
-    tflops: float  # TFLOP/s
-    memory: float  # GB
-    link: float  # GB/s to another GPU of the machine, one way: NVLink, else PCIe
-    per_hour: float = 0.0  # US dollars; 0: no price known
-
-
-# Prices: H100 from nanochat's README (8 for 24 dollars/h, 2025); 3090 from minimind's README (1.3 yuan/h, 2024).
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GPU("3090", 71, 24, 16, 0.18),
-        GPU("4090", 165, 24, 16),
-        GPU("v100", 125, 32, 150),
-        GPU("a100", 312, 80, 300),
-        GPU("a800", 312, 80, 200),
-        GPU("l40s", 362, 48, 32),
-        GPU("h100", 989, 80, 450, 3.0),
-        GPU("h200", 989, 141, 450),
-    )
-}
-
-
-def flops_per_token(config: ModelConfig, seq: int) -> float:
-    """Return the FLOPs of forward and backward per token in rows of `seq` tokens, without causal savings, as PaLM."""
-    return 6 * count_parameters(config).matmul + 12 * config.n_layers * config.n_heads * config.head_dim * seq
 
 
 def training_seconds(flops: float, gpu: GPU, gpus: int, utilisation: float) -> float:

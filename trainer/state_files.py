@@ -118,8 +118,18 @@ class CopiedPiece:
     piece: TensorPiece
 
 
+def host_copy(tensor: Tensor, target: Tensor | None = None) -> Tensor:
+    """Copy a tensor to `target`, else to new memory of the CPU.
+
+    From CUDA the copy is queued, into pinned memory: record an event and wait for it before reading.
+    """
+    if target is None:
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return target.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
 def copy_to_cpu(state: TensorDict, before: dict[str, CopiedPiece]) -> dict[str, CopiedPiece]:
-    """Copy the local piece of every tensor to the CPU: training may then change the tensors.
+    """Copy the local piece of every tensor to the CPU (host_copy): training may then change the tensors.
 
     Reuses the buffers of the copies `before` where they fit, because writing to newly allocated memory is slower.
     """
@@ -130,8 +140,8 @@ def copy_to_cpu(state: TensorDict, before: dict[str, CopiedPiece]) -> dict[str, 
             continue  # a tensor with fewer rows than processes has empty shards
         reusable = before.get(name)
         fits = reusable is not None and reusable.piece == piece and reusable.data.dtype == local.dtype
-        data = reusable.data if reusable and fits else torch.empty(local.shape, dtype=local.dtype)
-        copies[name] = CopiedPiece(data.copy_(local), tuple(tensor.shape), piece)
+        data = host_copy(local, reusable.data if reusable and fits else None)
+        copies[name] = CopiedPiece(data, tuple(tensor.shape), piece)
     return copies
 
 

@@ -28,14 +28,18 @@ class TrainingTimer:
             self.step_start = time.monotonic()
         self.steps_in_flight += 1
 
-    def finish_step(self) -> None:
-        """The oldest step is done. With a time limit all processes get rank 0's times: they must stop together."""
+    def finish_step(self) -> float:
+        """The oldest step is done. Returns the seconds of the run.
+
+        With a time limit all processes get rank 0's times: they must agree on when to stop.
+        """
         now = time.monotonic()
         times = [now - self.start_time, now - self.step_start]
         self.steps_in_flight, self.step_start = self.steps_in_flight - 1, now
         if self.limit_seconds:
             times = self.dist.all_reduce_sum(times if self.dist.is_rank0 else [0.0, 0.0])
         self.session_seconds, self.step_seconds = times
+        return self.seconds
 
     @property
     def fraction(self) -> float:

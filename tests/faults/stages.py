@@ -20,7 +20,7 @@ from filelock import FileLock
 from tests.faults.inject import Fault, Injector, RunResult
 
 # Keys whose values differ between two runs of the same command: times, memory, speeds.
-VOLATILE = re.compile(r".*(second|minute|time|date|created|memory|speed|per_s|mfu|started|eta).*|mem")
+VOLATILE = re.compile(r".*(second|minute|time|date|created|memory|speed|per_s|mfu|tflops|started|eta).*|mem")
 MODEL = "--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 2 --max_seq_len 64"
 TRAIN = (
     "--device cpu --dtype float32 --batch_size 4 --max_steps 5 --save_interval 2 --eval_interval 3 --log_interval 2"

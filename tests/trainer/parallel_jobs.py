@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 tests/trainer/parallel_jobs.py JOBS.json
 
 A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which a stop signal is simulated, or
-none, "double": whether to train in float64, where rounding differences are far below real ones}.
+none, "late": whether steps are read one step late, as on a GPU, "double": whether to train in float64, where rounding
+differences are far below real ones}.
 """
 
 import json
@@ -19,7 +20,7 @@ from model.transformer import Transformer
 from tests.helpers import load_script
 from trainer import curves, loop
 from trainer.datasets import PackedDataset
-from trainer.distributed import init_distributed
+from trainer.distributed import DistContext, init_distributed
 from trainer.stage import Stage
 
 
@@ -27,6 +28,7 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
     lesson = load_script("1-pretrain.py")
     config = parse(lesson.PretrainConfig, None, ["--data_path", data_path, *job["flags"], "--out_dir", job["out"]])
     dist.dtype, dist.stop_requested = pick_dtype(config.dtype, dist.device), ""
+    DistContext.reads_late = bool(job.get("late"))
     torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(tokenizer_path)

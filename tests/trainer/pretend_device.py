@@ -74,7 +74,7 @@ def last_place(stack: traceback.StackSummary) -> str:
 
 
 class DeviceRecorder(TorchDispatchMode):
-    """Notes launches and host reads. A read gets a made-up answer, so that the run goes on and all are found."""
+    """Notes launches and host reads. A read gets a made-up answer, so that the run continues and all are found."""
 
     def __init__(self) -> None:
         super().__init__()

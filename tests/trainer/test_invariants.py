@@ -86,7 +86,18 @@ def test_log_rows_hold_every_metric(curves, big_batch):
     """Every logged step has the metrics of the log format; the run writes a plot."""
     rows = read_jsonl(big_batch / "pretrain_32.jsonl")
     steps = [row for row in rows if "loss" in row]
-    wanted = {"step", "epoch", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "seconds", "peak_memory_mb"}
+    wanted = {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "tokens",
+        "tokens_per_second",
+        "grad_norm",
+        "seconds",
+        "peak_memory_mb",
+        "tflops",
+    }
     assert all(wanted <= row.keys() for row in steps) and [row["step"] for row in steps] == list(range(1, 10))
     assert rows[-1]["val_loss"].keys() == rows[-1]["bits_per_byte"].keys() == {"zh", "en"}
     assert (big_batch / "pretrain_32.png").stat().st_size > 5_000

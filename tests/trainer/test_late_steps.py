@@ -14,7 +14,7 @@ from trainer.engine import DDPEngine
 
 FLAGS = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--batch_size", "4", "--dropout", "0.1", "--max_steps", "12"]
 FLAGS += ["--eval_interval", "4", "--save_interval", "3", "--accumulation_steps", "2"]
-VOLATILE = ("seconds", "seconds_left", "tokens_per_second", "peak_memory_mb")
+VOLATILE = ("seconds", "seconds_left", "tokens_per_second", "peak_memory_mb", "tflops")
 
 
 @pytest.fixture

@@ -213,6 +213,15 @@ def test_missing_wandb_names_the_install_command(monkeypatch, pretrain):
         pretrain("--use_wandb")
 
 
+def test_a_run_ends_with_its_speed(pretrain, capsys):
+    pretrain()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"pretrain 3/3 loss .* tok/s [\d.e-]+ TFLOP/s eta 0:00 mem ", line) for line in lines)
+    assert re.fullmatch(
+        r"359 tokens in 0\.\d minutes, [\d,]+ tok/s, [\d.e-]+ TFLOP/s, peak memory [\d.]+ GiB", lines[-2]
+    )
+
+
 @pytest.mark.slow
 def test_compiled_model_trains_to_equal_losses(pretrain):
     plain, compiled = pretrain("--dtype", "float32"), pretrain("--dtype", "float32", "--compile", out="compiled")

@@ -18,7 +18,8 @@ from model.transformer import Transformer
 from tests.helpers import EXACT_FLAGS, ROOT, read_jsonl, run_script
 from trainer.config import PARALLEL_MODES, PlanConfig
 from trainer.memory import count_parameters, inference_memory, saved_bytes, training_memory
-from trainer.plan import GPUS, INFERENCE_FORMATS, flops_per_token, implied_utilisation, training_seconds
+from trainer.plan import INFERENCE_FORMATS, implied_utilisation, training_seconds
+from trainer.throughput import GPUS, flops_per_token
 
 SMALL = ModelConfig(vocab_size=1000, dim=128, n_layers=2, n_heads=4, n_kv_heads=2)
 

@@ -35,12 +35,14 @@ def job_outputs(tokenizer_dir, pretrain_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("parallel")
     pairs = [(name, mode) for name in MODELS for mode in MODES]
     jobs = [training_job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name], double=True) for name, mode in pairs]
-    for mode in ("ddp", "zero3"):
-        jobs.append(
-            training_job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16")
-        )
+    for mode in ("ddp", "fsdp", "zero3"):
+        low = [*COMMON, *UNTIED, "--dtype", "bfloat16"]
+        jobs.append(training_job(root / f"bf16-{mode}", mode, *low, *MODELS["dense"]))
+        jobs.append(training_job(root / f"bf16-moe-{mode}", mode, *low, *MODELS["moe"]))
     for mode in ("ddp", "fsdp"):
-        jobs.append(training_job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
+        muon = [*COMMON, *MODELS["dense"], "--optimizer", "muon"]
+        jobs.append(training_job(root / f"muon-{mode}", mode, *muon))
+        jobs.append(training_job(root / f"late-{mode}", mode, *muon, late=True))
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     jobs.append(training_job(root / "whole", "ddp", *long))
     stops = (("zero1", 1), ("fsdp", 3), ("zero3", 5), ("ddp", 7), ("zero2", 9))
@@ -93,11 +95,20 @@ def test_losses_and_weights_equal_ddp(job_outputs, name, mode):
 
 
 @NEEDS_DEEPSPEED
-def test_zero3_equals_ddp_in_bf16_with_untied_output(job_outputs):
-    assert_same_losses(log_rows(job_outputs[0] / "bf16-zero3"), log_rows(job_outputs[0] / "bf16-ddp"), rel=3e-3)
-    assert {tensor.dtype for tensor in load_weights(checkpoint_file(job_outputs[0] / "bf16-zero3")).values()} == {
-        torch.float32
-    }
+@pytest.mark.parametrize("mode", ["fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["bf16", "bf16-moe"])
+def test_sharded_bf16_equals_ddp(job_outputs, name, mode):
+    """With an untied output layer, and an MoE whose router stays in fp32."""
+    ours, theirs = job_outputs[0] / f"{name}-{mode}", job_outputs[0] / f"{name}-ddp"
+    assert_same_losses(log_rows(ours), log_rows(theirs), rel=3e-3)
+    assert {tensor.dtype for tensor in load_weights(checkpoint_file(ours)).values()} == {torch.float32}
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_steps_read_late_are_the_same_steps(job_outputs, mode):
+    late, at_once = (load_weights(checkpoint_file(job_outputs[0] / f"{name}-{mode}")) for name in ("late", "muon"))
+    assert all(torch.equal(late[name], at_once[name]) for name in at_once)
 
 
 @NEEDS_DEEPSPEED
