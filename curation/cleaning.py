@@ -166,11 +166,13 @@ class CleaningTransform(Transform):
         edited = self.reader.edit_row(row.raw, lambda text: self._edit_text(text, hits, is_text))
         language, characters = detect_language(row.text), len(row.text)
         try:
-            text = self.reader.read_content(edited).text
+            text = row.text if edited == row.raw else self.reader.read_content(edited).text
         except BadRow as error:
             hits.append(RuleHit("empty", characters, f"nothing is left: {error}"))
             return Decision(None, language, characters, hits)
         document = DocumentView(text, self.limits)
+        if text is row.text:
+            document.language = language
         for rule in self.rules:
             if rule.is_edit or not (is_text or rule.applies_to_chats):
                 continue

@@ -12,7 +12,6 @@ Read next: cleaning.py (the table of the rules), prose_rules.py (DocumentView), 
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy as np
 from common.errors import import_package
 from corpus.language import count_chinese, detect_language
 from curation.ngrams import code_points, ngram_hashes
-from curation.prose_rules import RULE_PHRASES, WORD_WITHOUT_LETTER, ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
+from curation.prose_rules import RULE_PHRASES, ZH_WORD_CHARACTERS, DocumentView, contains_any, recheck_on_prose
 
 
 def too_short(document: DocumentView) -> str:
@@ -106,6 +105,9 @@ def _language_detector() -> Any:
     return lingua.LanguageDetectorBuilder.from_languages(*candidates).with_low_accuracy_mode().build()
 
 
+_NO_LETTER = re.compile(r"[\W\d_]+")
+
+
 @recheck_on_prose
 def few_letters(document: DocumentView) -> str:
     """English: fewer than 80 % of the words have a letter (Gopher). Chinese: fewer than 30 % Chinese characters
@@ -113,7 +115,8 @@ def few_letters(document: DocumentView) -> str:
     if document.language == "zh":
         fraction = count_chinese(document.without_spaces) / max(len(document.without_spaces), 1)
         return f"{fraction:.0%} of the characters are Chinese" if fraction < 0.3 else ""
-    fraction = 1 - len(WORD_WITHOUT_LETTER.findall(document.text)) / max(len(document.words), 1)
+    without_letter = sum(1 for word in document.words if not word[0].isalpha() and _NO_LETTER.fullmatch(word))
+    fraction = 1 - without_letter / max(len(document.words), 1)
     return f"{fraction:.0%} of the words have a letter" if fraction < 0.8 else ""
 
 
@@ -139,10 +142,12 @@ _BULLETS = ("•", "‣", "▪", "●", "■", "◆", "★", "·", "*", "-", "�
 
 def list_of_lines(document: DocumentView) -> str:
     """More than 90 % of the lines begin with a bullet or more than 30 % end with an ellipsis (Gopher)."""
-    lines = max(len(document.lines), 1)
+    lines = len(document.lines)
+    if lines <= 1:
+        return ""
     bullets = sum(line.lstrip().startswith(_BULLETS) for line in document.lines) / lines
     ellipses = sum(line.rstrip().endswith(("...", "…")) for line in document.lines) / lines
-    return f"{bullets:.0%} bullets, {ellipses:.0%} ellipses" if lines > 1 and (bullets > 0.9 or ellipses > 0.3) else ""
+    return f"{bullets:.0%} bullets, {ellipses:.0%} ellipses" if bullets > 0.9 or ellipses > 0.3 else ""
 
 
 @recheck_on_prose
@@ -157,15 +162,17 @@ def stop_words(document: DocumentView) -> str:
 # ---- repetition ------------------------------------------------------------------------------------------------------
 TOP_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))
 REPEATED_NGRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
-_PARAGRAPHS, _NEWLINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
+_PARAGRAPHS = re.compile(r"\n{2,}")
 _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def repeated_lines(document: DocumentView) -> str:
     """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
+    if "\n" not in document.text:
+        return ""
     for name, pieces in (
-        ("paragraphs", _PARAGRAPHS.split(document.text.strip())),
-        ("lines", _NEWLINES.split(document.text)),
+        ("paragraphs", _PARAGRAPHS.split(document.text.strip()) if "\n\n" in document.text else []),
+        ("lines", [*[""] * document.text.startswith("\n"), *document.lines, *[""] * document.text.endswith("\n")]),
     ):
         if len(set(pieces)) == len(pieces):
             continue
@@ -182,9 +189,13 @@ def repeated_ngrams(document: DocumentView) -> str:
     """English: word n-grams above the thresholds of Gopher, table A1. Chinese: more than half of the 13-character
     n-grams occur more than once (ChineseWebText)."""
     if document.language == "zh":
+        if not _may_repeat_characters(document.without_spaces, 13):
+            return ""
         fraction = _repeated_ngram_fraction(document.without_spaces, 13)
         return f"{fraction:.0%} of the 13-character n-grams are repeated" if fraction > 0.5 else ""
     words = _WORD_OR_SIGN.findall(document.text)
+    if not _may_repeat_words(words, len(document.text)):
+        return ""
     for n, max_fraction in TOP_NGRAMS:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
         most_frequent = max(counts, key=counts.__getitem__, default=())
@@ -199,6 +210,39 @@ def repeated_ngrams(document: DocumentView) -> str:
         if (fraction := _repeated_characters(words, n) / len(document.text)) > max_fraction:
             return f"{fraction:.0%} of the text is repeated {n}-grams"
     return ""
+
+
+def _may_repeat_characters(text: str, n: int) -> bool:
+    """False if at most half of the n-grams occur more than once, n > 4: each of them begins with a repeated 4-gram.
+
+    Counts the 4-grams of UTF-16 units, which are 64-bit numbers at every second byte.
+    """
+    data = text.encode("utf-16-le", "surrogatepass")
+    grams = np.sort(np.ndarray(max(len(data) // 2 - 3, 0), "<u8", data, strides=(2,)))
+    return 4 * int(np.count_nonzero(grams[1:] == grams[:-1])) > len(text) - n + 1
+
+
+def _may_repeat_words(words: list[str], characters: int) -> bool:
+    """False if no n-gram of the words is above the limits of `repeated_ngrams`.
+
+    Equal hashes of different n-grams raise the counts, so they never hide a repeat.
+    """
+    if len(words) < REPEATED_NGRAMS[0][0]:
+        return True
+    hashes = np.fromiter(map(hash, words), np.int64, len(words))
+    longest, count = max(map(len, words)), len(words)  # bounds: of a word; of the occurrences of one n-gram
+    for n, max_fraction in (*TOP_NGRAMS, REPEATED_NGRAMS[0]):
+        hashes = hashes[:-1] * np.int64(0x7F4A7C15) + hashes[1:]
+        if n < REPEATED_NGRAMS[0][0] and count * (n * longest + n - 1) <= max_fraction * characters:
+            continue
+        grams = np.sort(hashes)
+        first_of_run = np.flatnonzero(np.append(True, grams[1:] != grams[:-1]))
+        if n == REPEATED_NGRAMS[0][0]:
+            return (len(grams) - len(first_of_run)) * n * longest > REPEATED_NGRAMS[-1][1] * characters
+        count = int(np.diff(first_of_run, append=len(grams)).max())
+        if count > 1 and count * (n * longest + n - 1) > max_fraction * characters:
+            return True
+    return False
 
 
 def _repeated_ngram_fraction(text: str, n: int) -> float:
@@ -263,11 +307,13 @@ def unsafe(document: DocumentView) -> str:
     return matched_phrases(document, document.limits.unsafe)
 
 
-def matched_phrases(document: DocumentView, phrases: Iterable[str]) -> str:
+def matched_phrases(document: DocumentView, phrases: tuple[str, ...]) -> str:
     """Up to five phrases of the list in the text, if it has at least two and one per 200 characters (our choice).
 
     ChineseWebText requires one phrase per two lines, but a document may be a single line.
     """
+    if not contains_any(document.lowercase, phrases):
+        return ""
     found = [phrase for phrase in phrases if phrase in document.lowercase]
     if len(found) < 2 or sum(map(document.lowercase.count, found)) * 200 < len(document.lowercase):
         return ""

@@ -20,7 +20,7 @@ from typing import Any
 
 from common.errors import import_package
 from corpus.language import count_chinese
-from curation.prose_rules import RULE_PHRASES
+from curation.prose_rules import RULE_PHRASES, contains_any
 
 # UTF-8 read as Latin-1 or cp1252: an accented letter, then a continuation byte.
 _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
@@ -160,8 +160,7 @@ def boilerplate(text: str) -> str:
     """
     if "\n" not in text:
         return text
-    lowercase = text.lower()
-    if not any(hint in lowercase for hint in _BOILERPLATE_HINTS):
+    if not contains_any(text.lower(), _BOILERPLATE_HINTS):
         return text
     lines = text.split("\n")
     kinds = [_line_kind(line) for line in lines]
@@ -206,7 +205,7 @@ _PHONE = re.compile(
 )
 _CHECK_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _DIGITS_HINT = re.compile(r"\d[\d .()-]{5}")
-_ACCOUNT_HINTS = ("@", "微信", "薇信", "QQ", "qq", "wechat", "WeChat", "Wechat")
+_ACCOUNT_HINTS = ("微信", "薇信", "qq", "wechat")  # in lowercase
 
 
 def personal(text: str) -> str:
@@ -215,11 +214,12 @@ def personal(text: str) -> str:
     An identity card number must have a date of birth and the right check digit (GB 11643-1999); most other long
     numbers are kept. Names and postal addresses are not masked.
     """
-    if not any(hint in text for hint in _ACCOUNT_HINTS) and not _DIGITS_HINT.search(text):
-        return text
+    lowercase, has_digits = text.lower(), _DIGITS_HINT.search(text)
     text = _EMAIL.sub("[EMAIL]", text) if "@" in text else text
-    text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
-    return _ACCOUNT.sub(r"\1[ACCOUNT]", _PHONE.sub("[PHONE]", text))
+    if has_digits:
+        text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
+        text = _PHONE.sub("[PHONE]", text)
+    return _ACCOUNT.sub(r"\1[ACCOUNT]", text) if any(hint in lowercase for hint in _ACCOUNT_HINTS) else text
 
 
 def is_identity_number(number: str) -> bool:

@@ -32,6 +32,20 @@ def _phrases_by_name() -> dict[str, tuple[str, ...]]:
 
 RULE_PHRASES = _phrases_by_name()  # of phrases.txt
 
+
+def contains_any(text: str, phrases: tuple[str, ...]) -> bool:
+    """Whether a text has one of the phrases. One pattern finds Chinese ones faster than a search for each."""
+    ascii_phrases, others = _phrase_searches(phrases)
+    return any(phrase in text for phrase in ascii_phrases) or (not text.isascii() and bool(others.search(text)))
+
+
+@functools.lru_cache
+def _phrase_searches(phrases: tuple[str, ...]) -> tuple[list[str], re.Pattern[str]]:
+    """The ASCII phrases, and a pattern of the others."""
+    others = [re.escape(phrase) for phrase in phrases if not phrase.isascii()]
+    return [phrase for phrase in phrases if phrase.isascii()], re.compile("|".join(others) or "(?!)")
+
+
 _FORMULA = "\0"  # placeholder for a formula until its line is processed
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _LATEX = re.compile(

@@ -26,7 +26,7 @@ MAX_CACHED_CHARACTERS = 4_000_000
 SLOT_BITS = 18  # of the hash table of short segments; 3 MB
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
 _CODE_POINTS = 0x110000
-_MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+_MODEL: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
 _MODEL |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 
 # Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).
@@ -140,7 +140,9 @@ class FastBPE:
         keys = padded[starts] | (padded[starts + 1] << 21) * (sizes > 1) | (padded[starts + 2] << 42) * (sizes > 2)
         slots = (keys.astype(np.uint64) * _HASH_FACTOR >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
         is_short = sizes <= 3
-        entries = np.where((self.slot_keys[slots] == keys) & is_short, self.slot_entries[slots], np.int32(-1))
+        entries: np.ndarray = np.where(
+            (self.slot_keys[slots] == keys) & is_short, self.slot_entries[slots], np.int32(-1)
+        )
         others = np.flatnonzero(entries < 0)
         segments = [
             joined[start:end] for start, end in zip(starts[others].tolist(), ends[others].tolist(), strict=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
+from corpus.row_text import DEFAULT_READER
 from curation import drop_rules, edit_rules
 from curation.cleaning import RULE_NAMES, RULES, CleanConfig, CleaningTransform, select_rules
 from curation.prose_rules import DocumentView
@@ -133,7 +134,7 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
 
 # ---- the transform ---------------------------------------------------------------------------------------------------
 def clean_row(row, **options):
-    text = row if isinstance(row, str) else json.dumps(row)
+    text = DEFAULT_READER.read_content(row).text
     kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
     return CleaningTransform(CleanConfig(("f",), **options)).apply_to_row(NumberedRow(0, "f", 1, row, text, kind))
 
