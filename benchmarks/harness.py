@@ -6,14 +6,16 @@ affects all of them. A ratio is the median over the rounds of case / reference w
 
     cases = [Case("transformers", [peer_python, "-m", …]), Case("mengya", [sys.executable, "-m", …])]
     results = run_rounds(cases, rounds=5)
-    print(markdown_table(results, "tokens_per_second", reference="transformers"))
+    print(markdown_table(results, ["tokens_per_second", "peak_memory_mb"], reference="transformers"))
 
 Read next: training.py, generation.py (two tables).
 """
 
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from common.errors import UserError
 from common.files import atomic_write
@@ -34,19 +36,20 @@ Results = dict[str, dict[str, list[float]]]  # case -> metric -> one value per r
 
 @dataclass(frozen=True)
 class Case:
-    """A row of a table: a command, its folder and its additional environment variables."""
+    """A row of a table: a command, its folder, its additional environment variables, the numbers it must print."""
 
     name: str
     command: Sequence[str]
     folder: Path = ROOT
     environment: Mapping[str, str] = field(default_factory=dict)
+    metrics: Sequence[str] = ()
 
 
 def run_case(case: Case, timeout: float = 1800) -> dict[str, float]:
-    """Run the command. Returns the numbers of its last line, and peak_memory_mb, its largest resident set.
+    """Run the command. Returns the numbers of its last line, and peak_memory_mb, if it does not print that itself.
 
-    The peak of a child process is at least the memory of this process, which therefore imports no large library.
-    Raises UserError if the command fails, is too slow or prints no JSON object.
+    It is then its largest resident set, which is at least the memory of this process, so this one imports no large
+    library. Raises UserError if the command fails, is too slow, or does not print a JSON object with the metrics.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
@@ -71,6 +74,8 @@ def run_case(case: Case, timeout: float = 1800) -> dict[str, float]:
         numbers = {name: float(value) for name, value in json.loads(last).items()}
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{case.name}: its last line is not a JSON object of numbers: {last[:200]!r}") from None
+    if missing := [metric for metric in case.metrics if metric not in numbers]:
+        raise UserError(f"{case.name}: its last line has no {missing[0]}: {last[:200]}")
     return {"peak_memory_mb": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), **numbers}
 
 
@@ -104,30 +109,52 @@ def with_spread(values: Sequence[float], digits: int) -> str:
     return text if len(values) < 2 else f"{text} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
-def markdown_table(results: Results, metric: str, reference: str, digits: int = 0) -> str:
-    """Return a table: case, median of the metric with its range, median ratio to the reference with its range."""
-    rounds = len(results[reference][metric])
-    lines = [f"| median of {rounds} (range) | {metric.replace('_', ' ')} | / {reference} |", "|---|---:|---:|"]
-    for case, metrics in results.items():
-        if metric in metrics:
-            ratio = with_spread(ratios(results, metric, case, reference), 2)
-            lines.append(f"| {case} | {with_spread(metrics[metric], digits)} | {ratio} |")
+def markdown_table(results: Results, metrics: str | Sequence[str], reference: str, digits: int = 0) -> str:
+    """Return a table: case; for each metric its median and that of the ratio to the reference, both with the range."""
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    columns = [text for metric in metrics for text in (metric.replace("_", " "), f"/ {reference}")]
+    rounds = len(results[reference][metrics[0]])
+    lines = [f"| median of {rounds} (range) | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for case, values in results.items():
+        if metrics[0] in values:
+            cells = []
+            for metric in metrics:
+                ratio = with_spread(ratios(results, metric, case, reference), 2) if metric in values else ""
+                cells += [with_spread(values[metric], digits) if metric in values else "", ratio]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def bar_chart(results: Results, metric: str, path: Path, title: str) -> None:
-    """Draw the median of every case as a horizontal bar with its range, as a PNG."""
+def bar_chart(results: Results, metrics: str | Sequence[str], path: Path, title: str) -> None:
+    """Draw the median of every case as a horizontal bar with its range, one panel per metric, as a PNG."""
     from matplotlib.figure import Figure  # after the measurements: see run_case
 
-    cases = [case for case in reversed(results) if metric in results[case]]
-    medians = [statistics.median(results[case][metric]) for case in cases]
-    below = [median - min(results[case][metric]) for case, median in zip(cases, medians, strict=True)]
-    above = [max(results[case][metric]) - median for case, median in zip(cases, medians, strict=True)]
-    figure = Figure(figsize=(8, 1 + 0.45 * len(cases)))
-    axes = figure.subplots()
-    axes.barh(cases, medians, xerr=[below, above], color="C0", capsize=3)
-    axes.set_xlabel(metric.replace("_", " "))
-    axes.set_title(title)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    figure = Figure(figsize=(4 + 4 * len(metrics), 1 + 0.45 * len(results)))
+    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for i, (metric, axes) in enumerate(zip(metrics, panels, strict=True)):
+        cases = [case for case in reversed(results) if metric in results[case]]
+        medians = [statistics.median(results[case][metric]) for case in cases]
+        below = [median - min(results[case][metric]) for case, median in zip(cases, medians, strict=True)]
+        above = [max(results[case][metric]) - median for case, median in zip(cases, medians, strict=True)]
+        axes.barh(cases, medians, xerr=[below, above], color=f"C{i}", capsize=3)
+        axes.set_xlabel(metric.replace("_", " "))
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG."""
     figure.tight_layout()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def describe_machine() -> str:
+    """`Intel(R) Xeon(R) CPU, 2 threads, torch 2.13.0+cpu`: the CPU, the threads of torch by default, its version."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return f"{cpu}, {threads} threads, torch {importlib.metadata.version('torch')}"

@@ -121,9 +121,9 @@ def tokenize_texts(documents: list[TextExample], tokenizer: ChatTokenizer, stats
     numbered = [(number, chunk) for number, document in enumerate(documents) for chunk in _split_chunks(document.text)]
     chunks, pieces = iter(numbered), [list[np.ndarray]() for _ in documents]
     while batch := next_batch(chunks, length=lambda chunk: len(chunk[1])):
-        encoded = tokenizer.encode_batch([chunk for _, chunk in batch])
+        encoded = tokenizer.encode_arrays([chunk for _, chunk in batch])
         for (number, _), ids in zip(batch, encoded, strict=True):
-            pieces[number].append(np.array(ids, np.uint32))
+            pieces[number].append(ids)
     end_of_text = np.array([tokenizer.eos_id], np.uint32)
     tokens = [np.concatenate([*arrays, end_of_text]) for arrays in pieces]
     for document, array in zip(documents, tokens, strict=True):

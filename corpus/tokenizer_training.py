@@ -26,7 +26,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
-from model.tokenizer import BYTE_OF_CHARACTER, ChatTokenizer
+from model.fast_bpe import BYTE_OF_CHARACTER, LINE_PATTERN
+from model.tokenizer import ChatTokenizer
 
 MIN_VOCABULARY = 300  # the 256 bytes, the special tokens and some learned pieces
 MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
@@ -45,9 +46,6 @@ _WORD_PATTERN = (
     r"|<| ?[^\s\p{N}\p{L}\p{M}<]{1,8}"  # punctuation and symbols
     r"|[^\S\n]+(?!\S)|[^\S\n]+"  # other spaces; the last one belongs to the next word
 )
-# Pre-tokenisation for encoding: splits little, because phrases span words. "<" is separate, so that the unigram
-# tokenizer never encodes the text "<0x41>" as the byte 0x41.
-_LINE_PATTERN = r"\n|\p{N}|<|[^\n\p{N}<]+"
 
 Phrase = tuple[str, str]
 
@@ -246,7 +244,7 @@ def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) ->
         else:  # slightly more probable than the two tokens
             model["vocab"].append([left + right, score[left] + score[right] + 0.5])
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.pre_tokenizer = _byte_level(_LINE_PATTERN) if algorithm == "bpe" else _split_by(_LINE_PATTERN)
+    tokenizer.pre_tokenizer = _byte_level(LINE_PATTERN) if algorithm == "bpe" else _split_by(LINE_PATTERN)
     return tokenizer
 
 

@@ -31,6 +31,7 @@ from model.chat_template import (
     Renderer,
     find_chat_template,
 )
+from model.fast_bpe import BYTE_OF_CHARACTER, FastBPE, is_line_bpe
 from model.jinja_template import JinjaTemplate
 from model.tokenizer_files import (
     LEGACY_TEMPLATE,
@@ -47,12 +48,6 @@ from model.tokenizer_files import (
 
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
 SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
-
-
-# Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 class ChatTokenizer:
@@ -186,6 +181,17 @@ class ChatTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of `encode_batch`, as arrays of shape (tokens,), uint32. Fast for the BPE of this project."""
+        if self._fast_bpe is None:
+            return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
+        return self._fast_bpe.encode(texts)
+
+    @cached_property
+    def _fast_bpe(self) -> FastBPE | None:
+        state = json.loads(self.backend.to_str())
+        return FastBPE(state) if is_line_bpe(state) else None
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens included."""

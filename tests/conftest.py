@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +17,21 @@ if hasattr(signal, "SIGHUP"):  # under nohup child processes would ignore SIGHUP
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from tests.helpers import force_tokens, make_chat_row, write_shards
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves():
+    """Trainings in this process draw no curves: that takes longer than most of them. Fixture `curves`: they do."""
+    stub = types.ModuleType("trainer.curves")
+    stub.draw_curves = lambda *_: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trainer.curves", stub)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    monkeypatch.delitem(sys.modules, "trainer.curves")
 
 
 @pytest.fixture(scope="session")

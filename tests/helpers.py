@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -43,6 +44,20 @@ def run_script(monkeypatch, name: str, *arguments) -> None:
     """Run a script's main() in this process with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     load_script(name).main()
+
+
+def run_here(monkeypatch, capsys, *command) -> subprocess.CompletedProcess:
+    """Run a script like `run_process`, but in this process: a new one needs three seconds to import torch."""
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    return subprocess.CompletedProcess(command, code, *capsys.readouterr())
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def test_full_sft_starts_from_an_old_pretrained_model(monkeypatch, old, tmp_path
     assert data_files(old / "sft") == before, "old token shards are read, not written again"
 
 
-def test_an_interrupted_run_resumes_and_continues_its_log(monkeypatch, old, capsys):
+def test_an_interrupted_run_resumes_and_continues_its_log(curves, monkeypatch, old, capsys):
     """The reference cache is used, the log keeps the old rows, the plot has rows of both versions."""
     folder = old / "interrupted"
     rows_before = read_jsonl(folder / "dpo_16.jsonl")

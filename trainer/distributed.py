@@ -27,6 +27,7 @@ class DistContext:
     rank: int = 0
     world_size: int = 1
     barrier_group: Any = None  # process group of `barrier`, without a time limit
+    host_group: Any = None  # process group of `all_reduce_sum`; None: the default group
     step: int = 0  # the last completed step; the heartbeat sends it to the other ranks
     stop_requested: str = ""  # name of the stop signal that this process received
 
@@ -39,15 +40,20 @@ class DistContext:
         if self.is_rank0:
             print(text, flush=True)
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether the loop reads the sums of a step after it has launched the next one, so that a GPU never idles."""
+        return self.device.type not in ("cpu", "mps")
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.device, self.dtype)
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Return the values summed over all processes, in float64."""
+        """Return the values summed over all processes, in float64, on the CPU: does not wait for the device."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -90,28 +96,50 @@ class DistContext:
             ignore_termination()
 
 
+class PendingSums:
+    """Named sums that the device still computes: `sums[name]` is a scalar on the device, `read` waits for all.
+
+    With CUDA they are copied to pinned memory behind an event, so that `read` does not wait for later work.
+    """
+
+    def __init__(self, names: list[str], values: torch.Tensor) -> None:
+        self.names, self.values, self.event = names, values, None  # type: list[str], torch.Tensor, Any
+        if values.device.type == "cuda":
+            self.copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.copy.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.values[self.names.index(name)]
+
+    def read(self) -> dict[str, float]:
+        if self.event:
+            self.event.synchronize()
+        return dict(zip(self.names, (self.copy if self.event else self.values).tolist(), strict=True))
+
+
 class MetricSums:
-    """Sums of metrics on the device, in float64 (MPS: float32). `reduce` reads them, all at once."""
+    """Sums of metrics, in float64 (MPS: float32). `reduce` sums them over all processes at once."""
 
     def __init__(self, dist: DistContext) -> None:
-        self.dist, self.sums = dist, {}  # type: DistContext, dict[str, torch.Tensor]
+        self.dist, self.sums = dist, {}  # type: DistContext, dict[str, torch.Tensor | float]
         self.dtype = torch.float32 if dist.device.type == "mps" else torch.float64
 
     def number(self, value: float) -> torch.Tensor:
         """Return a number as a scalar on the device, without a copy from the host."""
         return torch.full((), value, dtype=self.dtype, device=self.dist.device)
 
-    @torch.no_grad()
     def add(self, **values: torch.Tensor | float) -> None:
         for name, value in values.items():
-            if name not in self.sums:
-                self.sums[name] = self.number(0.0)
-            self.sums[name] += value
+            if isinstance(value, torch.Tensor):
+                value = value.detach().to(self.dist.device, self.dtype)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def reduce(self) -> dict[str, float]:
-        """Return the sums over all processes: one all-reduce, one read of the device."""
-        total = self.dist.all_reduce(torch.stack([*self.sums.values()]))
-        return dict(zip(self.sums, total.tolist(), strict=True))
+    def reduce(self) -> PendingSums:
+        """Return the sums over all processes. One all-reduce; does not wait for the device."""
+        values = [value if isinstance(value, torch.Tensor) else self.number(value) for value in self.sums.values()]
+        return PendingSums([*self.sums], self.dist.all_reduce(torch.stack(values)))
 
 
 DEFAULT_TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # default --dist_timeout, seconds

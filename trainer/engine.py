@@ -100,11 +100,20 @@ class Engine:
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 
-    def optimizer_step(self, is_finite: bool) -> None:
-        """Update the weights, unless the loss or the gradient is not finite, and free the gradient."""
+    def optimizer_step(self, is_finite: Tensor) -> None:
+        """Update the weights, unless the loss or the gradient is not finite, and free the gradient.
+
+        is_finite: a scalar on the device. Where the host does not read it (`reads_late`), the optimizers skip the step
+        on the device by `found_inf`, as they do for the fp16 scaler: weights and state do not change.
+        """
         for optimizer in self.optimizers:
-            if is_finite or self.scaler.is_enabled():
-                self.scaler.step(optimizer)  # with fp16 it skips a step with non-finite gradients
+            if self.scaler.is_enabled():
+                self.scaler.step(optimizer)
+            elif self.dist.reads_late:
+                optimizer.found_inf = 1 - is_finite.float()  # type: ignore[attr-defined]
+                optimizer.step()
+            elif is_finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
 

@@ -46,6 +46,7 @@ class RankState(Protocol):
     rank: int
     world_size: int
     barrier_group: Any
+    host_group: Any
     step: int
     stop_requested: str
 
@@ -59,6 +60,7 @@ def process_group(dist: RankState, timeout: float) -> Iterator[None]:
     try:
         if dist.device.type == "cuda":  # +60 s: the heartbeat's one-line error comes before NCCL's long one
             torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
+            dist.host_group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         else:
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         dist.barrier_group = torch.distributed.new_group(backend="gloo", timeout=NO_TIMEOUT)

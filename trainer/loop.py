@@ -13,6 +13,7 @@ Read next: stage.py, datasets.py, loss.py, engine.py, train_state.py.
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from common.errors import UserError
 from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
-from trainer.distributed import DistContext, MetricSums
+from trainer.distributed import DistContext, MetricSums, PendingSums
 from trainer.engine import Engine
 from trainer.loss import IGNORE_INDEX
 from trainer.loss_guard import NonFiniteGuard
@@ -83,26 +84,26 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     batches = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
     timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
     stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
-    steps = range(state.step, state.step if stop else total_steps)
+    numbers = range(state.step, state.step if stop else total_steps)
     with engine, logger, CheckpointWriter(config, stage, engine, guard, saved is not None) as checkpoints:
         with dist.graceful_shutdown():
-            for micro_batches in prefetch_batches(batches, steps, config.num_workers):
+            is_due = lambda step: step % config.eval_interval == 0 or checkpoints.is_due(step)
+            steps = TrainingSteps(engine, timer, batches, numbers, total_steps, is_due)
+            for step in steps:
                 logger.print(sampler.notice_before(state.step))
-                progress = max(state.step / total_steps, timer.fraction)
-                lr = set_learning_rate(config, engine.optimizers, state.step, progress)
-                seed_dropout(config.seed, state.step, dist.rank)
-                with timer.step():
-                    sums = train_step(engine, micro_batches)
+                sums = step.read()
+                timer.finish_step()
                 state.update(sums, timer.seconds)
                 dist.step = state.step
-                guard.check_step(sums, micro_batches)
-                row = step_metrics(engine, state, sums) | sampler.step_metrics(state.step) | {"lr": lr}
+                guard.check_step(sums, step.micro_batches)
+                row = step_metrics(engine, state, sums) | sampler.step_metrics(state.step) | {"lr": step.lr}
                 row |= timer.metrics(sums["num_tokens"], total_steps - state.step)
-                state.objection = stage.early_stop(row)
-                stop = stop_reason(state, total_steps, timer, sums["stop_requests"])
+                state.objection = state.objection or stage.early_stop(row)
+                stop = stop_reason(state, total_steps, timer, sums["stop_requests"]) or stop
                 logger.log(row, is_due=bool(stop) or state.step == 1 or state.step % config.log_interval == 0)
                 if stop:
-                    break
+                    steps.end()
+                    continue
                 if state.step % config.eval_interval == 0:
                     logger.log_validation(validate(engine, state, config.eval_tokens))
                 if checkpoints.is_due(state.step):
@@ -121,12 +122,70 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     return path
 
 
-def train_step(engine: Engine, micro_batches: list[Batch]) -> dict[str, float]:
+@dataclasses.dataclass
+class LaunchedStep:
+    """A step that the device may still compute."""
+
+    lr: float
+    micro_batches: list[Batch]
+    sums: PendingSums
+
+    def read(self) -> dict[str, float]:
+        """Wait for the step. Returns its sums over all processes, and whether it was skipped (see train_step)."""
+        sums = self.sums.read()
+        return sums | {"skipped": not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"]))}
+
+
+class TrainingSteps:
+    """Iterates over the steps of a run: launches them and yields each one when its sums are to be read.
+
+    With dist.reads_late a step is yielded after the next one is launched, so that the device never waits for the host.
+    A step that `is_due` (a validation or save follows) and the last one are yielded at once. After `end` no step is
+    launched; one that already is, is yielded, so such a run ends one step later.
+    """
+
+    def __init__(
+        self, engine: Engine, timer: TrainingTimer, batches: MicroBatches, numbers: range, total_steps: int,
+        is_due: Callable[[int], bool],
+    ) -> None:  # fmt: skip
+        self.engine, self.timer, self.batches, self.is_due = engine, timer, batches, is_due
+        self.numbers, self.total_steps, self.is_ended = numbers, total_steps, False
+
+    def end(self) -> None:
+        self.is_ended = True
+
+    def __iter__(self) -> Iterator[LaunchedStep]:
+        waiting: LaunchedStep | None = None
+        for number, micro_batches in zip(
+            self.numbers, prefetch_batches(self.batches, self.numbers, self.engine.config.num_workers), strict=True
+        ):
+            launched = self.launch(number, micro_batches)
+            if waiting:
+                yield waiting
+            waiting = launched
+            if not self.engine.dist.reads_late or self.is_due(number + 1):
+                yield waiting
+                waiting = None
+            if self.is_ended:
+                break
+        if waiting:
+            yield waiting
+
+    def launch(self, number: int, micro_batches: list[Batch]) -> LaunchedStep:
+        config, dist = self.engine.config, self.engine.dist
+        progress = max(number / self.total_steps, self.timer.fraction)
+        lr = set_learning_rate(config, self.engine.optimizers, number, progress)
+        seed_dropout(config.seed, number, dist.rank)
+        self.timer.start_step()
+        return LaunchedStep(lr, micro_batches, train_step(self.engine, micro_batches))
+
+
+def train_step(engine: Engine, micro_batches: list[Batch]) -> PendingSums:
     """Make one optimizer step over this process's micro-batches. Returns sums over all processes.
 
-    Keys: loss (sum), num_targets (trained tokens or pairs), num_tokens (tokens that are not padding), num_positions
-    (all), stop_requests (number of processes with a stop signal), grad_norm (before clipping), skipped (whether the
-    loss or the norm is not finite), and the sums that compute_loss returns. The host waits for the device once.
+    Names: loss (sum), num_targets (trained tokens or pairs), num_tokens (tokens that are not padding), num_positions
+    (all), stop_requests (number of processes with a stop signal), grad_norm (before clipping), and the sums that
+    compute_loss returns. If loss or norm are not finite, the step is skipped. The host does not wait for the device.
     """
     dist, sums = engine.dist, MetricSums(engine.dist)
     num_targets = dist.all_reduce(sums.number(sum(batch["num_targets"] for batch in micro_batches)))
@@ -137,12 +196,11 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> dict[str, float]:
         loss, metrics = engine.forward_backward(to_device(batch, dist.device), loss_scale, is_last)
         sums.add(loss=loss, num_targets=batch["num_targets"], num_tokens=batch["num_tokens"])
         sums.add(num_positions=batch["labels"].numel(), **metrics)
-    sums.add(grad_norm=engine.clip_gradient(engine.config.grad_clip), stop_requests=bool(dist.stop_requested))
+    norm = engine.clip_gradient(engine.config.grad_clip) / dist.world_size  # equal on all of them
+    sums.add(grad_norm=norm, stop_requests=bool(dist.stop_requested))
     total = sums.reduce()
-    total["grad_norm"] /= dist.world_size  # equal on all of them
-    is_finite = math.isfinite(total["loss"]) and math.isfinite(total["grad_norm"])
-    engine.optimizer_step(is_finite)
-    return total | {"skipped": not is_finite}
+    engine.optimizer_step(total["loss"].isfinite() & total["grad_norm"].isfinite())
+    return total
 
 
 def validate(engine: Engine, state: TrainState, max_tokens: int) -> MetricRow:
@@ -161,7 +219,7 @@ def validate(engine: Engine, state: TrainState, max_tokens: int) -> MetricRow:
                 targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
                 sums.add(loss=loss, num_targets=batch["num_targets"], utf8_bytes=bytes_per_token[targets].sum())
                 sums.add(**metrics)
-        total = sums.reduce()
+        total = sums.reduce().read()
         loss_sum, num_targets, utf8_bytes = (total.pop(name) for name in ("loss", "num_targets", "utf8_bytes"))
         row["val_loss"][split] = loss_sum / max(num_targets, 1)
         if stage.loss_unit == "token":

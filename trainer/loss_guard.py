@@ -184,5 +184,5 @@ def micro_batch_loss(dist: DistContext, engine: Engine, batches: list[Batch]) ->
         loss, _ = engine.evaluate(to_device(batches[0], dist.device))
     sums = MetricSums(dist)
     sums.add(loss=loss, num_targets=batches[0]["num_targets"])
-    total = sums.reduce()
+    total = sums.reduce().read()
     return total["loss"] / max(total["num_targets"], 1)

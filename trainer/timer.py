@@ -3,9 +3,7 @@
 Read next: loop.py.
 """
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 from trainer.distributed import DistContext
 
@@ -20,16 +18,21 @@ class TrainingTimer:
     def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float, dist: DistContext) -> None:
         self.limit_seconds, self.start_fraction, self.dist = 60 * max_minutes, start_fraction, dist
         self.earlier_seconds = earlier_seconds  # of the run before it was resumed
-        self.start_time = time.monotonic()
+        self.start_time = self.step_start = time.monotonic()
+        self.steps_in_flight = 0
         self.session_seconds = self.step_seconds = 0.0
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Measure a step. With a time limit all processes get rank 0's times: they must agree on when to stop."""
-        start = time.monotonic()
-        yield
+    def start_step(self) -> None:
+        """A step is launched. If the one before is not finished yet, its time begins when that one ends."""
+        if not self.steps_in_flight:
+            self.step_start = time.monotonic()
+        self.steps_in_flight += 1
+
+    def finish_step(self) -> None:
+        """The oldest step is done. With a time limit all processes get rank 0's times: they must stop together."""
         now = time.monotonic()
-        times = [now - self.start_time, now - start]
+        times = [now - self.start_time, now - self.step_start]
+        self.steps_in_flight, self.step_start = self.steps_in_flight - 1, now
         if self.limit_seconds:
             times = self.dist.all_reduce_sum(times if self.dist.is_rank0 else [0.0, 0.0])
         self.session_seconds, self.step_seconds = times

@@ -81,7 +81,7 @@ class ZeroEngine(Engine):
         self.module.step()
         return torch.as_tensor(self.module.get_global_grad_norm(), device=self.dist.device)
 
-    def optimizer_step(self, is_finite: bool) -> None:
+    def optimizer_step(self, is_finite: Tensor) -> None:
         """Nothing: clip_gradient has updated the weights."""
 
     def state_dict(self) -> TensorDict:

@@ -15,7 +15,7 @@ from curation.cleaning import RULE_NAMES, RULES, CleanConfig, CleaningTransform,
 from curation.prose_rules import DocumentView
 from curation.rule_stats import RuleStats
 from curation.transform import NumberedRow
-from tests.helpers import run_process, visible_names, write_rows
+from tests.helpers import run_here, visible_names, write_rows
 
 EDIT_RULES = [rule for rule in RULES if rule.is_edit]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
@@ -244,8 +244,8 @@ def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, mon
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--skip", "repair,language"])
 
 
-def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
-    listing = run_process(sys.executable, "data_process.py", "clean", "--list_rules")
+def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path, monkeypatch, capsys):
+    listing = run_here(monkeypatch, capsys, "data_process.py", "clean", "--list_rules")
     assert (
         listing.returncode == 0
         and len(listing.stdout.splitlines()) == len(RULES)
@@ -259,7 +259,7 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
         ([path, "--skip", "x"], "unknown rule 'x'"),
         ([path, "--workers", "0"], "--workers: 0 is not a whole number from 1 to 1024"),
     ):
-        done = run_process(sys.executable, "data_process.py", "clean", *arguments)
+        done = run_here(monkeypatch, capsys, "data_process.py", "clean", *arguments)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert visible_names(tmp_path) == ["a.jsonl"]
 

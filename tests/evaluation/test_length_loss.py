@@ -21,7 +21,7 @@ from model.transformer import Transformer
 from serving.config import ServeConfig
 from serving.model_list import read_model_entry, with_rope_scaling
 from serving.models import open_models
-from tests.helpers import run_process, run_script
+from tests.helpers import run_here, run_script
 
 YARN = ["--rope_scaling", "yarn", "--rope_factor", "4"]
 OWN = {"rope_type": "linear", "factor": 2.0}
@@ -64,10 +64,10 @@ def test_wrong_rope_flags_are_errors_before_a_model_is_loaded(script, flags, mes
         run_script(monkeypatch, script, *more, *flags)
 
 
-def test_wrong_rope_flags_exit_with_code_2(tmp_path):
-    done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "llama3", "--rope_factor", "2")
+def test_wrong_rope_flags_exit_with_code_2(tmp_path, monkeypatch, capsys):
+    done = run_here(monkeypatch, capsys, "2-eval.py", "--rope_scaling", "llama3", "--rope_factor", "2")
     assert done.returncode == 2 and "invalid choice: 'llama3'" in done.stderr
-    done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "yarn")
+    done = run_here(monkeypatch, capsys, "2-eval.py", "--rope_scaling", "yarn")
     assert done.returncode == 2 and done.stderr.startswith("error: --rope_scaling") and done.stderr.count("\n") == 1
 
 

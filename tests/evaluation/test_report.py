@@ -23,7 +23,7 @@ from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
 from evaluation.report import continue_answers, unique_labels
 from model.completion import Completion
 from model.sampling import SamplingParams
-from tests.helpers import one_line_error, run_process, run_script, save_scripted_model
+from tests.helpers import one_line_error, run_here, run_script, save_scripted_model
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_bad_arguments_are_one_line_errors_and_write_nothing(run_report, argumen
     assert not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_bad_models_are_errors_before_any_model_runs(run_report, scripted_models, tmp_path, capsys):
+def test_bad_models_are_errors_before_any_model_runs(run_report, scripted_models, tmp_path, capsys, monkeypatch):
     good = scripted_models / "full_sft_64.pth"
     (tmp_path / "broken.pth").write_bytes(b"no")
     (tmp_path / "folder").mkdir()
@@ -202,7 +202,7 @@ def test_bad_models_are_errors_before_any_model_runs(run_report, scripted_models
         with pytest.raises(UserError, match=message):
             run_report(models=[good, bad])
     assert "answers:" not in capsys.readouterr().out
-    failed = run_process(sys.executable, "2-eval.py", "--report", tmp_path / "broken.pth")
+    failed = run_here(monkeypatch, capsys, "2-eval.py", "--report", tmp_path / "broken.pth")
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and not failed.stdout
 
 

@@ -15,7 +15,7 @@ import pytest
 from common.errors import UserError
 from evaluation.prompts import PROMPTS
 from tests.evaluation.test_judge import completion_body, error_body, sleep_calls, stub_server  # noqa: F401 - the fixture
-from tests.helpers import one_line_error, run_process, run_script
+from tests.helpers import one_line_error, run_here, run_script
 
 
 @pytest.fixture
@@ -157,13 +157,13 @@ def test_bad_names_and_addresses_are_errors_before_any_model_runs(
     assert not served_models.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_wrong_keys_and_settings_are_errors(served_models, run_report):
+def test_wrong_keys_and_settings_are_errors(served_models, run_report, monkeypatch, capsys):
     served_models.errors = [(401, {}, error_body("no key"))]
     with pytest.raises(UserError, match=r"401: the server rejects the key: give --report_api_key KEY or set REPORT"):
         run_report(f"a={served_models.url}")
     with pytest.raises(UserError, match="--temperature: -1 is not a number of at least 0"):
         run_report(f"a={served_models.url}", flags=["--temperature", "-1"])
-    shown = run_process(sys.executable, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
+    shown = run_here(monkeypatch, capsys, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
     assert shown.returncode == 2 and "--report_api_key needs --report" in shown.stderr
 
 

@@ -5,7 +5,6 @@ are sorted; invalid folders and files are one-line errors.
 """
 
 import json
-import sys
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from common.errors import UserError
 from corpus.language import detect_language
 from evaluation.tokenizer_table import load_any_tokenizer, measure_tokenizers, read_texts_by_language
-from tests.helpers import run_process, run_script
+from tests.helpers import run_here, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 
 TEXTS = [*made_up_text("zh", 12, 5), *made_up_text("en", 12, 5), "<|im_end|> is text", "一"]
@@ -107,7 +106,7 @@ def test_absent_language_is_a_dash(folder, monkeypatch, capsys, tmp_path):
     assert "–" in capsys.readouterr().out
 
 
-def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path):
+def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text("{oops", encoding="utf-8")
     (tmp_path / "torn.model").write_bytes(b"no model")
@@ -124,5 +123,5 @@ def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path
             run_script(monkeypatch, "train_tokenizer.py", "--compare", *arguments)
         assert "\n" not in str(error.value)
     for arguments in (["--compare", "a", "--inspect", "x"], ["x.txt", "--out", "t.md"], ["x.txt", "--compare_on", "y"]):
-        done = run_process(sys.executable, "train_tokenizer.py", *arguments)
+        done = run_here(monkeypatch, capsys, "train_tokenizer.py", *arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr

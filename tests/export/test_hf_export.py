@@ -21,7 +21,7 @@ from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.export.test_hf_import import edit_json, make_folder
-from tests.helpers import run_process, run_script
+from tests.helpers import run_here, run_script
 
 CASES = {
     "llama": {},
@@ -259,6 +259,6 @@ def test_a_model_without_stock_architecture_is_rejected(changes, message, monkey
     assert not (tmp_path / "a").exists()
 
 
-def test_one_line_and_exit_code_2(tmp_path):
-    done = run_process(sys.executable, "export_model.py", tmp_path / "none.pth", tmp_path / "a")
+def test_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    done = run_here(monkeypatch, capsys, "export_model.py", tmp_path / "none.pth", tmp_path / "a")
     assert done.returncode == 2 and done.stderr.startswith("error: no checkpoint at") and done.stderr.count("\n") == 1

@@ -9,7 +9,6 @@ names it.
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from export.hf_import import open_model
 from model.tokenizer import load_tokenizer
-from tests.helpers import IGNORE_TOKEN_FOLDERS, run_process, run_script
+from tests.helpers import IGNORE_TOKEN_FOLDERS, run_here, run_script
 from tests.model.test_chat_template import format_tokens, messages_of
 
 # A typical foreign template: bos first, trimmed contents, its own eos, optional system and tool turns.
@@ -328,7 +327,7 @@ def test_damaged_folders_are_rejected_in_one_line(llama, damage, tmp_path):
     assert expected_message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_one_line_and_exit_code_2(tmp_path):
+def test_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    done = run_process(sys.executable, "2-eval.py", "--checkpoint", tmp_path)
+    done = run_here(monkeypatch, capsys, "2-eval.py", "--checkpoint", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -131,11 +131,13 @@ READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",
     "web_demo.py",
+    "benchmarks.loaders",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
     "benchmarks.journeys",
     "benchmarks.call_recorder",
     "benchmarks.compare_commits",
+    "benchmarks.train_case",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from common.cli import parse
 from common.errors import UserError
-from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, run_process, run_script
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, run_here, run_process, run_script
 from trainer.config import TrainConfig
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--log_interval", "1"]
@@ -60,12 +60,12 @@ def saved_steps(out):
     return sorted(int(folder.name[5:]) for folder in out.glob("*.resume/step_*"))
 
 
-def test_a_diverged_run_exits_with_2_and_saves_nothing(run_flags, num_attacks, record_attacks):
+def test_a_diverged_run_exits_with_2_and_saves_nothing(run_flags, num_attacks, record_attacks, monkeypatch, capsys):
     """Regression: such a run saved weights of 5e10 and exited with 0."""
     ended = 0
     for steps, optimizer in [(1, "muon"), (45, "adamw"), (2, "muon"), (8, "adamw"), (45, "muon")][: num_attacks(1, 5)]:
         command = [*run_flags, "--max_steps", steps, "--learning_rate", "1e3", "--optimizer", optimizer]
-        result = run_process(sys.executable, ROOT / "1-pretrain.py", *command)
+        result = run_here(monkeypatch, capsys, ROOT / "1-pretrain.py", *command)
         assert result.returncode == 2, result.stderr
         assert re.fullmatch(
             r"error: step \d+: the loss has risen to \S+, above 16.82 \(--max_loss_ratio 3; 0: off\): lower "
@@ -135,8 +135,8 @@ def test_ending_at_a_skipped_step_is_an_error(skipped, extra_flags, monkeypatch,
         skipped = {1}  # the time limit allows only one step
     replace_losses(monkeypatch, skipped)
     if "signal" in request.node.callspec.id:
-        step = loop.train_step
-        monkeypatch.setattr(loop, "train_step", lambda *given: {**step(*given), "stop_requests": 1.0})
+        read = loop.LaunchedStep.read
+        monkeypatch.setattr(loop.LaunchedStep, "read", lambda step: {**read(step), "stop_requests": 1.0})
     with pytest.raises(UserError, match=r"the loss is not finite.*(starts anew|resumes from step 6)$"):
         run_pretrain(*extra_flags)
 

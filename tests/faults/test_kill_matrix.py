@@ -9,14 +9,13 @@ those of an uninterrupted run (weights and shards bit by bit), no temporary file
 import contextlib
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
 
 from tests.faults.inject import Fault, RunResult
 from tests.faults.stages import READ_ONLY, STAGE_NAMES, STAGES, FaultHarness, Stage
-from tests.helpers import ROOT, run_process
+from tests.helpers import ROOT, run_here
 
 ALL_OPERATIONS = 1_000_000
 OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are separate stages
@@ -105,7 +104,7 @@ def test_a_kill_at_any_time_does_not_change_the_result(name, harness, num_attack
     assert struck >= kills / 2 or kills < 10  # a kill near the end may come after the exit
 
 
-def test_every_command_that_writes_is_attacked():
+def test_every_command_that_writes_is_attacked(monkeypatch, capsys):
     """Each script, each module with a __main__ part and each subcommand of data_process.py is a stage or read-only."""
     started = {path.name for path in ROOT.glob("*.py")}
     for path in ROOT.glob("*/*.py"):
@@ -117,5 +116,5 @@ def test_every_command_that_writes_is_attacked():
     assert started == {command.split()[0] for command in commands} | READ_ONLY
 
     subcommands = {command.split()[1] for command in commands if command.startswith("data_process.py")}
-    help_text = run_process(sys.executable, "data_process.py", "--help").stdout
+    help_text = run_here(monkeypatch, capsys, "data_process.py", "--help").stdout
     assert subcommands == set(re.search(r"pretrain\|[\w|]+", help_text)[0].split("|"))

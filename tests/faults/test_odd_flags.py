@@ -5,7 +5,6 @@ The tests introspect the parsers (tests/scripts/test_flags.py), so they cover ne
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from common.errors import UserError, escape_controls
 from common.flag_types import MAX_FLAG_VALUE, NumberType
 from tests.faults.odd_inputs import disable_servers, make_tiny_inputs, script_outcome
-from tests.helpers import run_process, run_script
+from tests.helpers import run_here, run_script
 from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse_flags
 
 HUGE = ("9" * 30, str(2**63), str(2**64), "1e300", "1e400", "-1e400", "9" * 5000)
@@ -101,10 +100,10 @@ def test_unsupported_devices_are_refused(name):
                 parse_flags(prog, f"--device={name}")
 
 
-def test_control_characters_are_escaped(capsys):
+def test_control_characters_are_escaped(capsys, monkeypatch):
     assert escape_controls("a\x1b[2J\u202e太阳\ud800\n") == "a\\x1b[2J\\u202e太阳\\ud800\\n"
     assert escape_controls("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
-    ended = run_process(sys.executable, "2-eval.py", "--checkpoint", "no\x1b[2Jfile\n.pth", "--prompt", "x")
+    ended = run_here(monkeypatch, capsys, "2-eval.py", "--checkpoint", "no\x1b[2Jfile\n.pth", "--prompt", "x")
     assert ended.returncode == 2 and "\x1b" not in ended.stderr and ended.stderr.count("\n") == 1
 
 

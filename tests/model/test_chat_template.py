@@ -7,7 +7,6 @@ control token; tokenizer and checkpoint store the format, and each format has it
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from model.config import ModelConfig
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from model.tokenizer_files import LEGACY_TEMPLATE
 from model.transformer import Transformer
-from tests.helpers import IGNORE_TOKEN_FOLDERS, force_tokens, load_weights, run_process, run_script
+from tests.helpers import IGNORE_TOKEN_FOLDERS, force_tokens, load_weights, run_here, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 from trainer.datasets import check_data
 
@@ -283,10 +282,10 @@ def test_unknown_chat_formats_raise(tokenizer):
         tokenizer.with_chat_format("alpaca")
 
 
-def test_train_tokenizer_takes_a_format(tmp_path):
+def test_train_tokenizer_takes_a_format(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("\n\n".join(made_up_text("en", 60)), encoding="utf-8")
     flags = ["--vocab_size", 400, "--out_dir", tmp_path / "tok", "--chat_format", "mindllm"]
-    done = run_process(sys.executable, "train_tokenizer.py", tmp_path / "notes.txt", *flags)
+    done = run_here(monkeypatch, capsys, "train_tokenizer.py", tmp_path / "notes.txt", *flags)
     assert done.returncode == 0, done.stderr
     assert "mindllm" in done.stdout and load_tokenizer(tmp_path / "tok").format_name == "mindllm"
 

@@ -17,7 +17,16 @@ from model.checkpoint import load_model, model_fingerprint, model_state_dict, re
 from model.config import ModelConfig
 from model.lora import LoRAConfig, LoRALinear, adapter_state, adapter_summary, attach, lora_layers, merge
 from model.transformer import Transformer
-from tests.helpers import IGNORE_TOKEN_FOLDERS, ROOT, load_script, load_weights, read_jsonl, run_process, run_script
+from tests.helpers import (
+    IGNORE_TOKEN_FOLDERS,
+    ROOT,
+    load_script,
+    load_weights,
+    read_jsonl,
+    run_here,
+    run_process,
+    run_script,
+)
 from tests.model.test_hf_parity import make_random_model
 from trainer.optim import make_optimizers
 
@@ -357,13 +366,13 @@ def test_the_parent_may_be_a_transformers_folder(monkeypatch, lora, tokenizer, t
         hf_import.open_model(path)
 
 
-def test_lora_flags_do_not_change():
-    text = run_process(sys.executable, "4-lora_sft.py", "--help").stdout
+def test_lora_flags_do_not_change(monkeypatch, capsys):
+    text = run_here(monkeypatch, capsys, "4-lora_sft.py", "--help").stdout
     names = "rank alpha lora_dropout targets init_adapter peft_dir init_from data_path resume compile learning_rate"
     assert all(f"--{name} " in text for name in names.split())
     assert "(default: adamw)" in text and load_script("4-lora_sft.py").LoRASFTConfig().weight_decay == 0
     for spelling in ("--local_rank=0", "--local-rank=0"):
-        assert run_process(sys.executable, "4-lora_sft.py", spelling, "--help").returncode == 0
+        assert run_here(monkeypatch, capsys, "4-lora_sft.py", spelling, "--help").returncode == 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ greedy; /num_beams and /temperature change the settings of a running chat.
 """
 
 import json
-import sys
 
 import pytest
 
@@ -18,7 +17,7 @@ from model.chat_template import CHAT_FORMATS
 from model.completion import Completion
 from model.sampling import SamplingParams
 from model.sampling_presets import DEFAULT_SAMPLING, PRESET_CHOICES, find_preset, merge_settings
-from tests.helpers import run_process, run_script, save_scripted_model, start_chat
+from tests.helpers import run_here, run_script, save_scripted_model, start_chat
 
 BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 
@@ -91,7 +90,7 @@ def test_evaluations_do_not_use_a_preset(out, monkeypatch, capsys, tmp_path):
     assert "preset:" not in capsys.readouterr().out
 
 
-def test_conflicting_flags_are_one_line_errors(make_chat):
+def test_conflicting_flags_are_one_line_errors(make_chat, monkeypatch, capsys):
     for flags, message in (
         (["--num_beams", 2, "--temperature", 0.7], "--temperature must be 0 with num_beams above 1, not 0.7"),
         (["--num_beams", 9], "--num_beams: 9 is not a whole number from 1 to 8"),
@@ -101,7 +100,7 @@ def test_conflicting_flags_are_one_line_errors(make_chat):
     ):
         with pytest.raises(UserError, match=message):
             make_chat("chatml", *flags)
-    wrong = run_process(sys.executable, "2-eval.py", "--sampling_preset", "zephyr")
+    wrong = run_here(monkeypatch, capsys, "2-eval.py", "--sampling_preset", "zephyr")
     assert wrong.returncode == 2 and "invalid choice: 'zephyr'" in wrong.stderr
 
 

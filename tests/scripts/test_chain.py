@@ -20,6 +20,7 @@ from tests.helpers import (
     free_port,
     load_weights,
     read_jsonl,
+    run_here,
     run_process,
     run_script,
 )
@@ -163,9 +164,9 @@ def test_common_is_imported_before_torch(name):
 
 
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
-def test_shared_flags_are_frozen(name):
+def test_shared_flags_are_frozen(monkeypatch, capsys, name):
     """Flags that the documentation names, hidden spellings, and both spellings of the flag that deepspeed adds."""
-    text = run_process(sys.executable, name, "--help").stdout
+    text = run_here(monkeypatch, capsys, name, "--help").stdout
     flags = {
         "duration": "epochs max_steps max_minutes resume init_from save_interval",
         "optimization": "batch_size global_batch_size learning_rate grad_clip warmup_iters seed",
@@ -175,4 +176,4 @@ def test_shared_flags_are_frozen(name):
     for names in flags.values():
         assert all(f"--{flag}" in text for flag in names.split())
     for spelling in ("--local_rank=0", "--local-rank=0", "--accumulation_steps=2", "--final_lr_share=0.1"):
-        assert run_process(sys.executable, name, spelling, "--help").returncode == 0
+        assert run_here(monkeypatch, capsys, name, spelling, "--help").returncode == 0

@@ -17,7 +17,7 @@ from common.errors import UserError
 from evaluation.chat_model import find_model
 from evaluation.prompts import PROMPTS, SCRIPT_PROMPTS
 from evaluation.qa_data import is_correct
-from tests.helpers import ROOT, child_cpu_seconds, one_line_error, run_process, run_script
+from tests.helpers import ROOT, child_cpu_seconds, one_line_error, run_here, run_process, run_script
 
 
 @pytest.fixture
@@ -234,12 +234,12 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
         run_script(monkeypatch, "2-eval.py", *options)
 
 
-def test_help_is_fast_and_errors_are_one_line(tmp_path):
+def test_help_is_fast_and_errors_are_one_line(monkeypatch, capsys, tmp_path):
     before = child_cpu_seconds()
     shown = run_process(sys.executable, "2-eval.py", "--help")
     assert child_cpu_seconds() - before < 4
     assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
-    failed = run_process(sys.executable, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
+    failed = run_here(monkeypatch, capsys, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("error: no pretrain_*.pth") and failed.stderr.count("\n") == 1
 

@@ -11,7 +11,7 @@ from evaluation.exam_data import CEVAL_LETTERS
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.helpers import ROOT, load_script, run_process, run_script
+from tests.helpers import ROOT, load_script, run_here, run_script
 from tests.model.test_hf_parity import hf_settings
 
 RIGHT = {"law": "CCAC", "logic": "BCDD"}
@@ -227,10 +227,10 @@ def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, message):
     assert ended.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_help_and_missing_model_error(exam, tmp_path):
-    shown = run_process(sys.executable, ROOT / "eval_ceval.py", "--help")
+def test_help_and_missing_model_error(exam, tmp_path, monkeypatch, capsys):
+    shown = run_here(monkeypatch, capsys, ROOT / "eval_ceval.py", "--help")
     assert shown.returncode == 0 and "--shuffle_options" in shown.stdout
-    ended = run_process(sys.executable, ROOT / "eval_ceval.py", "--data", exam, "--out_dir", tmp_path)
+    ended = run_here(monkeypatch, capsys, ROOT / "eval_ceval.py", "--data", exam, "--out_dir", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     advice = "run `python 1-pretrain.py` first, or name the file"
     assert ended.stderr == f"error: no pretrain_*.pth in {tmp_path}: {advice}\n"

@@ -21,7 +21,7 @@ from serving import page_strings
 from serving.config import PageConfig
 from serving.conversation import Conversation
 from serving.sidebar import format_by_language, format_count
-from tests.helpers import ROOT, run_process, save_scripted_model
+from tests.helpers import ROOT, run_here, run_process, save_scripted_model
 
 NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 
@@ -301,9 +301,9 @@ def test_a_question_that_is_too_long_is_an_error_with_its_length(open_page, out)
     assert "at most 128" in caption_text(page) and find_button(page, "edit_last")
 
 
-def test_the_script_names_missing_files_ports_and_packages(tmp_path):
+def test_the_script_names_missing_files_ports_and_packages(tmp_path, monkeypatch, capsys):
     def fails(*arguments) -> str:
-        result = run_process(sys.executable, "web_demo.py", *arguments)
+        result = run_here(monkeypatch, capsys, "web_demo.py", *arguments)
         assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
         return result.stderr
 

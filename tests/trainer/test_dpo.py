@@ -83,7 +83,7 @@ def steps(folder, name="dpo_32"):
 
 
 # ---- training and logs -----------------------------------------------------------------------------------------------
-def test_dpo_starts_at_ln_2_and_learns_preferences(dpo, monkeypatch, capsys):
+def test_dpo_starts_at_ln_2_and_learns_preferences(curves, dpo, monkeypatch, capsys):
     folder = dpo("--batch_size", 10, "--epochs", 6)
     rows, last = steps(folder), read_jsonl(folder / "dpo_32.jsonl")[-1]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)

@@ -82,7 +82,7 @@ def test_rows_per_step_are_shared_evenly(tmp_path):
         TrainConfig(global_batch_size=8, accumulation_steps=2)
 
 
-def test_log_rows_hold_every_metric(big_batch):
+def test_log_rows_hold_every_metric(curves, big_batch):
     """Every logged step has the metrics of the log format; the run writes a plot."""
     rows = read_jsonl(big_batch / "pretrain_32.jsonl")
     steps = [row for row in rows if "loss" in row]

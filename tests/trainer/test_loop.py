@@ -59,7 +59,7 @@ def test_unknown_dtype_or_device_is_rejected(pretrain):
         pretrain("--device", "nonsense")
 
 
-def test_short_run_saves_its_last_weights(pretrain):
+def test_short_run_saves_its_last_weights(curves, pretrain):
     """A run of 3 steps, shorter than --save_interval, writes a complete checkpoint."""
     folder = pretrain()
     assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
@@ -242,23 +242,41 @@ def test_log_is_json_lines_without_nan(pretrain):
 
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-def test_an_optimizer_step_reads_the_device_once(monkeypatch, pretrain):
-    """Every read waits for a GPU, so the sums of all micro-batches and the gradient norm are read together."""
-    reads, reads_of_steps, real_step = [], [], loop.train_step
+def record_reads(monkeypatch):
+    """Record the reads of tensors; returns {"step": reads in train_step of each step, "after": those of its sums}."""
+    reads, steps = [], {"step": [], "after": []}
 
-    def train_step(*given):
-        reads.clear()
-        sums = real_step(*given)
-        reads_of_steps.append(list(reads))
-        return sums
+    def recorded(part, real):
+        def run(*given):
+            reads.clear()
+            result = real(*given)
+            steps[part].append(list(reads))
+            return result
+
+        return run
 
     for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__"):
         real = getattr(torch.Tensor, name)
         record = lambda *given, real=real, name=name: reads.append(name) or real(*given)
         monkeypatch.setattr(torch.Tensor, name, record)
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", recorded("step", loop.train_step))
+    monkeypatch.setattr(loop.LaunchedStep, "read", recorded("after", loop.LaunchedStep.read))
+    return steps
+
+
+def test_an_optimizer_step_reads_its_sums_once(monkeypatch, pretrain):
+    """A CPU also looks before each of the two optimizers whether the step is finite."""
+    steps = record_reads(monkeypatch)
     pretrain("--accumulation_steps", "3", "--dropout", "0.1")
-    assert reads_of_steps == [["tolist"]] * 3
+    assert steps == {"step": [["__bool__", "__bool__"]] * 3, "after": [["tolist"]] * 3}
+
+
+def test_a_gpu_reads_nothing_within_a_step(monkeypatch, pretrain):
+    """Every read waits for the GPU, so the sums of all micro-batches and the gradient norm are read together, later."""
+    monkeypatch.setattr(DistContext, "reads_late", True)
+    steps = record_reads(monkeypatch)
+    pretrain("--accumulation_steps", "3", "--dropout", "0.1")
+    assert steps == {"step": [[]] * 3, "after": [["tolist"]] * 3}
 
 
 def test_an_error_in_validation_leaves_eval_mode():

@@ -195,17 +195,16 @@ def test_run_resumes_with_another_number_of_processes(uninterrupted, arguments, 
 
 
 def stop_after(monkeypatch, steps):
-    from trainer import loop
+    from trainer.loop import LaunchedStep
 
-    real_step, done = loop.train_step, 0
+    real_read, done = LaunchedStep.read, 0
 
-    def counting_step(*positional):
+    def counting_read(step):
         nonlocal done
         done += 1
-        result = real_step(*positional)
-        return {**result, "stop_requests": float(done == steps)}
+        return {**real_read(step), "stop_requests": float(done == steps)}
 
-    monkeypatch.setattr(loop, "train_step", counting_step)
+    monkeypatch.setattr(LaunchedStep, "read", counting_read)
 
 
 def test_max_minutes_saves_and_resumes(monkeypatch, arguments, tmp_path, capsys):
