@@ -4,6 +4,8 @@ Read next: cli.py (the flags), ../trainer/distributed.py (several processes).
 """
 
 import contextlib
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -54,6 +56,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in TORCH_DTYPES:
         raise UserError(f"--dtype {name}: unknown; use auto, {', '.join(TORCH_DTYPES)}")
     return TORCH_DTYPES[name]
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory instead of returning it: fewer page faults in a training step on a CPU.
+
+    Without effect on other systems and C libraries.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the highest value: a larger block is mapped on its own
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

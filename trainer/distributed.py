@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from common.device import autocast, pick_device, pick_dtype
+from common.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from common.signals import handle_signals, ignore_output_errors, ignore_termination
 
 
@@ -159,6 +159,8 @@ def init_distributed(
     if picked_device.type == "cuda":
         torch.cuda.set_device(picked_device)
         torch.set_float32_matmul_precision("high")
+    if picked_device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(seed)
     ignore_output_errors()
     dist = DistContext(picked_device, pick_dtype(dtype, picked_device), rank, world_size)
