@@ -1,7 +1,7 @@
 """Text generation with a KV cache and continuous batching, used by evaluation and serving.
 
     prefill  one forward pass over the prompts fills the cache; samples the first token of each sequence
-    decode   one forward pass over the last tokens; samples one more token of each sequence, removes finished sequences
+    decode   one step of DecodeModel over the last tokens; samples one more of each sequence, removes finished sequences
 
 `DecodeBatch` holds the sequences that are decoded together. They join and leave between any two steps, and the tokens
 of a sequence do not depend on the others. A sequence with num_beams > 1 takes one row of the cache per beam and returns
@@ -23,6 +23,7 @@ from common.device import compute_dtype
 from model.beams import BeamSearch
 from model.chat_template import Message
 from model.completion import Completion, Sequence
+from model.decode import DecodeModel
 from model.logprobs import prompt_logprobs, token_logprob
 from model.sampling import SamplingParams, sample_rows
 from model.tokenizer import ChatTokenizer
@@ -38,8 +39,9 @@ class DecodeBatch:
     The model must be in eval mode. An autocast context around the calls sets the dtype.
     """
 
-    def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Transformer, tokenizer: ChatTokenizer, decoder: DecodeModel | None = None) -> None:
+        """`decoder`: the model's decoding step; None: made at the first step, from the weights as they are then."""
+        self.model, self.tokenizer, self.decoder = model, tokenizer, decoder
         self.rows: list[CacheRow] = []
         self.cache: KVCache | None = None  # grows on demand
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
@@ -77,18 +79,20 @@ class DecodeBatch:
             self.remove(seq)
         active = [(seq, beam) for seq in seqs if seq.tokens_left for beam in range(seq.settings.num_beams)]
         last = hidden[[seqs.index(seq) for seq, _ in active], [len(seq.prompt) - 1 for seq, _ in active]]
-        return [(seq, "") for seq in finished] + (self._next_text(active, last) if active else [])
+        return [(seq, "") for seq in finished] + (
+            self._next_text(active, self.model.lm_head(last).float()) if active else []
+        )
 
     @torch.inference_mode()
     def decode(self) -> list[tuple[Sequence, str]]:
         """Sample one more token of every sequence; returns the text of each and removes finished sequences."""
         rows, cached = list(self.rows), [seq.num_cached for seq, _ in self.rows]
         cache = self._ensure_capacity(len(rows), max(cached) + 1)
-        ids = torch.tensor([[seq.last_tokens[beam]] for seq, beam in rows], device=self.device)
-        hidden, _ = self.model(ids, cache.view(0, len(rows), cached))
+        self.decoder = self.decoder or DecodeModel(self.model, compute_dtype(self.model.lm_head.weight))
+        logits = self.decoder.step([seq.last_tokens[beam] for seq, beam in rows], cached, cache)
         for seq in self.sequences:
             seq.num_cached += 1
-        return self._next_text(rows, hidden[:, -1])
+        return self._next_text(rows, logits)
 
     @torch.inference_mode()
     def remove(self, seq: Sequence) -> None:
@@ -120,9 +124,8 @@ class DecodeBatch:
             self.cache.copy_rows(old, used, used, filled)
         return self.cache
 
-    def _next_text(self, rows: list[CacheRow], hidden: Tensor) -> list[tuple[Sequence, str]]:
-        """hidden (rows, dim) at the last token of each row -> the new text of each sequence."""
-        logits = self.model.lm_head(hidden).float()
+    def _next_text(self, rows: list[CacheRow], logits: Tensor) -> list[tuple[Sequence, str]]:
+        """logits (rows, vocab) in fp32 after the last token of each row -> the new text of each sequence."""
         seqs = [seq for seq, _ in rows if not seq.search]
         if len(seqs) == len(rows):
             return self._sample(seqs, logits)

@@ -11,7 +11,6 @@ the weights of a dense model load into LlamaForCausalLM (Qwen2ForCausalLM with `
 Read next: rope.py, moe.py, generate.py (how the KV cache is used), ../trainer/loss.py (the training loss).
 """
 
-import copy
 import functools
 import math
 from typing import Any
@@ -46,7 +45,7 @@ class KVCache:
     """Keys and values of past tokens. The caller owns the cache and passes it to `forward`; the model has no state.
 
     keys, values: (n_layers, batch, n_kv_heads, max_len, head_dim). `length` positions of each row are filled. In a view
-    whose rows differ, `lengths` (batch,) holds the number for each row, and `length` is their maximum.
+    whose rows differ, `lengths` (batch,) holds the number for each row, and none is more than `length`.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,10 +62,17 @@ class KVCache:
 
     def view(self, first: int, end: int, lengths: list[int] | None = None) -> "KVCache":
         """A cache over rows first..end-1 that shares this memory. `lengths`: filled positions per row; None: empty."""
-        view = copy.copy(self)
+        view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, first:end], self.values[:, first:end]
-        view.length = max(lengths) if lengths else 0
-        view.lengths = torch.tensor(lengths, device=self.keys.device) if lengths else None
+        view.length, view.lengths = max(lengths) if lengths else 0, None
+        if lengths and min(lengths) < view.length:
+            view.lengths = torch.tensor(lengths, device=self.keys.device)
+        return view
+
+    def static_view(self, lengths: Tensor) -> "KVCache":
+        """A view of the first rows for one more token each, in which no shape depends on `lengths` (rows,)."""
+        view = self.view(0, len(lengths))
+        view.length, view.lengths = self.max_len - 1, lengths
         return view
 
     def positions(self, new: int) -> Tensor:
@@ -76,14 +82,15 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (batch, kv_heads, new, head_dim) of one layer; returns all of the layer."""
-        end = self.length + keys.shape[2]
-        for kept, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if self.lengths is None:
-                kept[:, :, self.length : end] = new
-            else:
-                row = torch.arange(len(new), device=new.device)[:, None]
-                kept[row, :, self.positions(new.shape[2])[:, 0]] = new.transpose(1, 2).to(kept.dtype)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        end, all_keys, all_values = self.length + keys.shape[2], self.keys[layer], self.values[layer]
+        if self.lengths is None:
+            all_keys[:, :, self.length : end] = keys
+            all_values[:, :, self.length : end] = values
+        else:
+            index = self.positions(keys.shape[2])[..., None].expand(keys.shape)
+            all_keys.scatter_(2, index, keys.to(all_keys.dtype))
+            all_values.scatter_(2, index, values.to(all_values.dtype))
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
     def copy_rows(self, source: "KVCache", rows: list[int] | slice, targets: list[int] | slice, length: int) -> None:
         """Copy the first `length` positions of row rows[i] of `source` (it may be this cache) to row targets[i]."""
@@ -254,7 +261,7 @@ class Transformer(nn.Module):
         mask = None  # causal from position 0, or one query that sees all keys
         if cache and (cache.lengths is not None or (start and seq > 1)):
             mask = torch.arange(start + seq, device=input_ids.device) <= positions[..., None]
-        cos, sin = self._angles(positions, start + seq)
+        cos, sin = self.rope_angles(positions, start + seq)
 
         x = self.model.embed_tokens(input_ids)
         aux_loss = x.new_zeros(())
@@ -269,7 +276,7 @@ class Transformer(nn.Module):
         weight = self.config.balance_loss_coef / len(self.model.layers) if self.training else 0.0
         return self.model.norm(x), aux_loss * weight
 
-    def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def rope_angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin at positions (..., seq) of sequences of up to `length` tokens, each (..., seq, head_dim)."""
         scaling = self.config.rope_scaling
         if scaling.get("rope_type") != "dynamic" or length <= scaling["original_max_position_embeddings"]:

@@ -1,0 +1,238 @@
+"""The decoding step: the last token of each row in, the logits of its next token out.
+
+    decoder = DecodeModel(model, dtype)           weights in `dtype`, or int8=True: the values of round_to_int8
+    logits = decoder.step(ids, lengths, cache)    row i holds lengths[i] tokens and appends ids[i]
+
+The same function as `Transformer.forward` for one new token per row, to rounding, in fewer operations. In the dtype of
+the model it uses the model's own matrices; in another dtype it holds copies, which do not follow later changes of the
+model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel.
+On CUDA the step is one compiled graph for each number of rows (a power of two) and each capacity of the cache.
+Called by generate.py. Read next: transformer.py (the oracle of tests/model/test_decode.py).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.device import has_native_bf16
+from model.lora import LoRALinear
+from model.moe import MoEFeedForward
+from model.transformer import Attention, DecoderLayer, FeedForward, KVCache, Transformer
+
+SLOW_ROWS = 8  # from this many rows on, 16-bit products are slower than fp32 ones on a CPU without native bf16
+KERNEL_MULTIPLE = 32  # torch's int8 kernel reads outside of the matrix if in_features is not a multiple of it
+
+MakeProduct = Callable[[Sequence[nn.Module]], nn.Module]  # linear layers of one input -> a module that joins them
+
+
+class SharedProduct(nn.Module):
+    """x (..., in) -> the outputs of the given layers side by side, by these layers."""
+
+    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linears, self.dtype = nn.ModuleList(linears), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        outputs = [linear(x) for linear in self.linears]
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+
+def joined_weight(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """The weights (out, in) of linear layers below each other, with LoRA's delta, and their biases (out,) or None."""
+    merged = [linear.merged_linear() if isinstance(linear, LoRALinear) else linear for linear in linears]
+    bias = torch.cat([linear.bias for linear in merged]) if isinstance(merged[0].bias, Tensor) else None
+    return torch.cat([linear.weight for linear in merged]), bias
+
+
+class CopiedProduct(nn.Module):
+    """The same with one matrix in another dtype."""
+
+    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, bias = joined_weight(linears)
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> integers (out, in) and scales (out,) in bf16, in which the CPU kernel reads them.
+
+    A second call on their product returns the same.
+    """
+    scale = (weight.float().abs().amax(1) / 127).bfloat16()
+    quotient = weight.float() / scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return quotient.round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Int8Product(nn.Module):
+    """The same with an int8 matrix and x in `dtype`; torch's CPU kernel takes x in bf16."""
+
+    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, self.bias = joined_weight(linears)
+        integers, scale = int8_weight(weight)
+        self.integers, self.scale = (nn.Parameter(value, requires_grad=False) for value in (integers, scale))
+        multiple = weight.shape[1] % KERNEL_MULTIPLE == 0
+        self.has_kernel = weight.device.type == "cpu" and multiple and hasattr(torch, "_weight_int8pack_mm")
+        self.dtype = torch.bfloat16 if self.has_kernel else dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.has_kernel:
+            out: Tensor = torch._weight_int8pack_mm(x, self.integers, self.scale)
+        else:
+            out = F.linear(x, self.integers.to(x.dtype)) * self.scale
+        return out if self.bias is None else out + self.bias
+
+
+@torch.no_grad()
+def round_to_int8(model: Transformer) -> None:
+    """Round every matrix but the routers to the values of int8 weights, in place: what is measured is what decodes."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith(".mlp.gate"):
+            integers, scale = int8_weight(module.weight)
+            module.weight.copy_(integers.float() * scale.float()[:, None])
+
+
+class DecodeFeedForward(nn.Module):
+    """`FeedForward` on x (rows, dim)."""
+
+    def __init__(self, mlp: FeedForward, product: MakeProduct) -> None:
+        super().__init__()
+        self.gate_up, self.down = product([mlp.gate_proj, mlp.up_proj]), product([mlp.down_proj])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class DecodeMoE(nn.Module):
+    """`MoEFeedForward` on x (rows, dim): each expert in use processes all rows, with weight 0 where not selected."""
+
+    def __init__(self, mlp: MoEFeedForward, product: MakeProduct) -> None:
+        super().__init__()
+        self.gate, self.n_active = mlp.gate, mlp.n_active
+        self.experts = nn.ModuleList(DecodeFeedForward(expert, product) for expert in mlp.experts)
+        self.shared = nn.ModuleList(DecodeFeedForward(expert, product) for expert in mlp.shared_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = F.linear(x, self.gate.weight.float()).softmax(-1).topk(self.n_active, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        # A compiled step runs all experts: to know which are in use, the host would have to wait for the GPU.
+        in_use = range(len(self.experts)) if torch.compiler.is_compiling() else sorted(set(chosen.flatten().tolist()))
+        out = torch.zeros_like(x)
+        for i in in_use:
+            out = out + self.experts[i](x) * (weights * (chosen == i)).sum(-1, keepdim=True)
+        for expert in self.shared:
+            out = out + expert(x)
+        return out
+
+
+class DecodeAttention(nn.Module):
+    """`Attention` on x (rows, dim) with a cache: queries of one key head attend as if they were a sequence."""
+
+    def __init__(self, attention: Attention, product: MakeProduct) -> None:
+        super().__init__()
+        config = attention.config
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.has_norm = attention.layer, config.qk_norm
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.qkv = product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = product([attention.o_proj])
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """rotation ([rows,] head_dim, head_dim): RoPE as a matrix. mask (rows, 1, 1, keys): 0 or -inf, None: all 0."""
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        q_k, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 1)
+        if self.has_norm:
+            q_k = torch.cat((self.q_norm(q_k[:, : self.n_heads]), self.k_norm(q_k[:, self.n_heads :])), 1)
+        q, k = (q_k.float() @ rotation).split([self.n_heads, self.n_kv_heads], 1)
+        keys, values = cache.append(self.layer, k[:, :, None], v[:, :, None])
+        grouped = q.reshape(len(x), self.n_kv_heads, -1, self.head_dim).to(keys.dtype)
+        out = F.scaled_dot_product_attention(grouped, keys, values, mask)
+        projected: Tensor = self.out(out.reshape(len(x), -1))
+        return projected
+
+
+class DecodeLayer(nn.Module):
+    """`DecoderLayer` on x (rows, dim), in fp32 between the products."""
+
+    def __init__(self, layer: DecoderLayer, product: MakeProduct) -> None:
+        super().__init__()
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention = DecodeAttention(layer.self_attn, product)
+        self.mlp = (DecodeMoE if layer.use_moe else DecodeFeedForward)(layer.mlp, product)
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        x = x + self.attention(self.input_norm(x), rotation, mask, cache)
+        out: Tensor = x + self.mlp(self.post_norm(x))
+        return out
+
+
+class DecodeModel(nn.Module):
+    """A `Transformer` in the form of the decoding step. Holds no state but weights."""
+
+    turn: Tensor  # (head_dim, head_dim): x @ turn exchanges the halves of x and negates the first result
+
+    def __init__(self, model: Transformer, dtype: torch.dtype, int8: bool = False, backend: str | None = None) -> None:
+        """dtype: of the products. backend: of torch.compile; None: inductor on CUDA, else not compiled."""
+        super().__init__()
+        weight, self.model = model.lm_head.weight, model
+        self.device = weight.device
+        kind = Int8Product if int8 else SharedProduct if dtype == weight.dtype else CopiedProduct
+        product = functools.partial(kind, dtype=dtype)
+        self.layers = nn.ModuleList(DecodeLayer(layer, product) for layer in model.model.layers)
+        self.lm_head = product([model.lm_head])
+        half = torch.eye(model.config.head_dim, device=self.device).chunk(2)
+        self.register_buffer("turn", torch.cat((half[1], -half[0])), persistent=False)
+        self.register_buffer("identity", torch.cat(half), persistent=False)
+        self.plain: DecodeModel | None = None  # the fp32 form, without copies, for many rows
+        is_slow = self.device.type == "cpu" and dtype != weight.dtype and not has_native_bf16(self.device)
+        if is_slow and not int8:
+            self.plain = DecodeModel(model, weight.dtype)
+        self.compiled: Callable[..., Tensor] | None = None
+        if backend or self.device.type == "cuda":
+            options = {"backend": backend} if backend else {"mode": "reduce-overhead"}
+            self.compiled = torch.compile(self._step_in_place, fullgraph=True, dynamic=False, **options)
+
+    @torch.inference_mode()
+    def step(self, ids: list[int], lengths: list[int], cache: KVCache) -> Tensor:
+        """Logits (rows, vocab) in fp32 of the tokens after `ids`, which are appended to rows 0, 1, … of `cache`.
+
+        Row i already holds lengths[i] tokens, less than the cache's capacity.
+        """
+        if self.plain and len(ids) >= SLOW_ROWS:
+            return self.plain.step(ids, lengths, cache)
+        with torch.autocast(self.device.type, enabled=False):
+            if self.compiled:
+                rows = min(1 << (len(ids) - 1).bit_length(), cache.keys.shape[1])
+                padding = [0] * (rows - len(ids))  # these rows of the cache are free
+                tokens = torch.tensor([ids + padding, lengths + padding], device=self.device)
+                return self.compiled(tokens, cache)[: len(ids)]
+            return self(torch.tensor(ids, device=self.device), cache.view(0, len(ids), lengths))
+
+    def _step_in_place(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """tokens (2, rows): ids and lengths. All shapes depend on the number of rows and the capacity alone."""
+        return self(tokens[0], cache.static_view(tokens[1]))
+
+    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids (rows,), cache: a view of these rows -> logits (rows, vocab) in fp32."""
+        positions, mask, end = cache.positions(1), None, cache.length + 1
+        if cache.lengths is not None:
+            unseen = torch.arange(end, device=ids.device) > positions[..., None]
+            mask = torch.zeros(unseen.shape, dtype=cache.keys.dtype, device=ids.device).masked_fill(unseen, -torch.inf)
+        cos, sin = (angle.view(-1, 1, angle.shape[-1]) for angle in self.model.rope_angles(positions, end))
+        rotation = self.identity * cos + self.turn * sin  # one product instead of the six operations of apply_rope
+        x = F.embedding(ids, self.model.model.embed_tokens.weight).float()
+        for layer in self.layers:
+            x = layer(x, rotation, mask, cache)
+        logits: Tensor = self.lm_head(self.model.model.norm(x))
+        return logits.float()
