@@ -30,7 +30,11 @@ def cases(dtype=torch.float64):
     torch.manual_seed(0)
     cos, sin = (table[:5].to(dtype) for table in rope_table(ModelConfig(dim=16, n_heads=2, n_kv_heads=2)))
     x, weight = numbers(2, 3, 8, dtype=dtype), numbers(8, dtype=dtype)
-    heads, key, value = numbers(2, 4, 5, 8, dtype=dtype), numbers(2, 2, 5, 8, dtype=dtype), numbers(2, 2, 5, 8, dtype=dtype)
+    heads, key, value = (
+        numbers(2, 4, 5, 8, dtype=dtype),
+        numbers(2, 2, 5, 8, dtype=dtype),
+        numbers(2, 2, 5, 8, dtype=dtype),
+    )
     gate, up, down = numbers(2, 3, 6, dtype=dtype), numbers(2, 3, 6, dtype=dtype), numbers(4, 6, dtype=dtype)
     document = torch.tensor([0, 0, 1, 1, 1])
     mask = (document[:, None] == document) & torch.ones(5, 5, dtype=torch.bool).tril()

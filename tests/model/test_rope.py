@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.rope import apply_rope, rope_table
 from model.cpu_ops import attention_cpu
+from model.rope import apply_rope, rope_table
 from model.transformer import RMSNorm, Transformer, attention
 
 
