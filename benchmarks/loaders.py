@@ -122,7 +122,7 @@ def run_steps(engine: Engine, data: TokenDataset, config: LoadersConfig, steps: 
     batches = MicroBatches(data, data.batch_sampler(config.batch_size, seed=0), config.batch_size, 0, 1)
     tokens, positions, start = 0.0, 0.0, (time.perf_counter(), time.process_time())
     for micro_batches in prefetch_batches(batches, steps):
-        sums = train_step(engine, micro_batches)  # waits for the device
+        sums = train_step(engine, micro_batches).read()
         tokens, positions = tokens + sums["num_tokens"], positions + sums["num_positions"]
     seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     return {
@@ -161,7 +161,7 @@ def main() -> None:
                 print(markdown_table(results, metric, reference="padded"))
             for loader, metrics in results.items():
                 print(f"{loader}: {statistics.mean(metrics['useful_fraction']):.1%} of the positions are useful")
-        lengths = stages["pretraining"]["padded"].tokens.lengths()
+        lengths = open_split(config.pretrain, "train").lengths()
         kept = np.minimum(lengths, config.max_seq_len + 1).sum() / lengths.sum()
         print(f"padded pretraining reads {kept:.1%} of the text")
 

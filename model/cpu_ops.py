@@ -33,10 +33,11 @@ class _RMSNorm(torch.autograd.Function):
         square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         inverse_rms = square_sum.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (x * inverse_rms).mul_(weight)
+        out: Tensor = (x * inverse_rms).mul_(weight)
+        return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """With r = 1 / rms(x): dx = r grad w - x r^3 mean(grad w x), dw = sum of grad x r."""
         x, weight, inverse_rms = ctx.saved_tensors
@@ -49,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """F.rms_norm over the last dimension of x (..., dim), fp32. arXiv:1910.07467, eq. 4."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps)
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -69,14 +70,15 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """rope.apply_rope in the dtype of x, with the inverse rotation as its gradient. Arguments as there."""
-    out: Tensor = _Rotate.apply(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -87,7 +89,7 @@ class _SwiGLUDown(torch.autograd.Function):
         return F.linear(F.silu(gate).mul_(up), weight.to(gate.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
         grad_product, silu, grad_weight = grad @ weight.to(grad.dtype), F.silu(gate), None
@@ -100,7 +102,7 @@ class _SwiGLUDown(torch.autograd.Function):
 
 def swiglu_down(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """F.linear(F.silu(gate) * up, weight): gate, up (..., hidden), weight (dim, hidden) -> (..., dim)."""
-    out: Tensor = _SwiGLUDown.apply(gate, up, weight)
+    out: Tensor = _SwiGLUDown.apply(gate, up, weight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -134,7 +136,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, mask = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -154,5 +156,5 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
     q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys >= seq, head_dim); mask as in `Attention.forward`.
     Returns the shape of q. The backward pass computes the softmax again.
     """
-    out: Tensor = _Attention.apply(q, k, v, mask)
+    out: Tensor = _Attention.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
     return out

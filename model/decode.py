@@ -6,12 +6,13 @@
 The same function as `Transformer.forward` for one new token per row, to rounding, in fewer operations. In the dtype of
 the model it uses the model's own matrices; in another dtype it holds copies, which do not follow later changes of the
 model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel.
-On CUDA the step is one compiled graph for each number of rows (a power of two) and each capacity of the cache.
+With `backend` the step is one compiled graph for each number of rows (a power of two) and capacity of the cache.
 Called by generate.py. Read next: transformer.py (the oracle of tests/model/test_decode.py).
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 
 from common.device import has_native_bf16
 from model.lora import LoRALinear
-from model.moe import MoEFeedForward
-from model.transformer import Attention, DecoderLayer, FeedForward, KVCache, Transformer
+from model.transformer import Attention, KVCache, Transformer
 
 SLOW_ROWS = 8  # from this many rows on, 16-bit products are slower than fp32 ones on a CPU without native bf16
 KERNEL_MULTIPLE = 32  # torch's int8 kernel reads outside of the matrix if in_features is not a multiple of it
@@ -43,7 +43,7 @@ class SharedProduct(nn.Module):
 
 def joined_weight(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """The weights (out, in) of linear layers below each other, with LoRA's delta, and their biases (out,) or None."""
-    merged = [linear.merged_linear() if isinstance(linear, LoRALinear) else linear for linear in linears]
+    merged: list[Any] = [linear.merged_linear() if isinstance(linear, LoRALinear) else linear for linear in linears]
     bias = torch.cat([linear.bias for linear in merged]) if isinstance(merged[0].bias, Tensor) else None
     return torch.cat([linear.weight for linear in merged]), bias
 
@@ -102,9 +102,9 @@ def round_to_int8(model: Transformer) -> None:
 
 
 class DecodeFeedForward(nn.Module):
-    """`FeedForward` on x (rows, dim)."""
+    """A FeedForward on x (rows, dim)."""
 
-    def __init__(self, mlp: FeedForward, product: MakeProduct) -> None:
+    def __init__(self, mlp: Any, product: MakeProduct) -> None:
         super().__init__()
         self.gate_up, self.down = product([mlp.gate_proj, mlp.up_proj]), product([mlp.down_proj])
 
@@ -117,7 +117,7 @@ class DecodeFeedForward(nn.Module):
 class DecodeMoE(nn.Module):
     """`MoEFeedForward` on x (rows, dim): each expert in use processes all rows, with weight 0 where not selected."""
 
-    def __init__(self, mlp: MoEFeedForward, product: MakeProduct) -> None:
+    def __init__(self, mlp: Any, product: MakeProduct) -> None:
         super().__init__()
         self.gate, self.n_active = mlp.gate, mlp.n_active
         self.experts = nn.ModuleList(DecodeFeedForward(expert, product) for expert in mlp.experts)
@@ -165,7 +165,7 @@ class DecodeAttention(nn.Module):
 class DecodeLayer(nn.Module):
     """`DecoderLayer` on x (rows, dim), in fp32 between the products."""
 
-    def __init__(self, layer: DecoderLayer, product: MakeProduct) -> None:
+    def __init__(self, layer: Any, product: MakeProduct) -> None:
         super().__init__()
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.attention = DecodeAttention(layer.self_attn, product)
@@ -180,10 +180,11 @@ class DecodeLayer(nn.Module):
 class DecodeModel(nn.Module):
     """A `Transformer` in the form of the decoding step. Holds no state but weights."""
 
+    identity: Tensor  # (head_dim, head_dim)
     turn: Tensor  # (head_dim, head_dim): x @ turn exchanges the halves of x and negates the first result
 
     def __init__(self, model: Transformer, dtype: torch.dtype, int8: bool = False, backend: str | None = None) -> None:
-        """dtype: of the products. backend: of torch.compile; None: inductor on CUDA, else not compiled."""
+        """dtype: of the products. backend: of torch.compile, with one graph; None: not compiled."""
         super().__init__()
         weight, self.model = model.lm_head.weight, model
         self.device = weight.device
@@ -199,9 +200,8 @@ class DecodeModel(nn.Module):
         if is_slow and not int8:
             self.plain = DecodeModel(model, weight.dtype)
         self.compiled: Callable[..., Tensor] | None = None
-        if backend or self.device.type == "cuda":
-            options = {"backend": backend} if backend else {"mode": "reduce-overhead"}
-            self.compiled = torch.compile(self._step_in_place, fullgraph=True, dynamic=False, **options)
+        if backend:
+            self.compiled = torch.compile(self._step_in_place, fullgraph=True, dynamic=False, backend=backend)
 
     @torch.inference_mode()
     def step(self, ids: list[int], lengths: list[int], cache: KVCache) -> Tensor:
@@ -217,11 +217,11 @@ class DecodeModel(nn.Module):
                 padding = [0] * (rows - len(ids))  # these rows of the cache are free
                 tokens = torch.tensor([ids + padding, lengths + padding], device=self.device)
                 return self.compiled(tokens, cache)[: len(ids)]
-            return self(torch.tensor(ids, device=self.device), cache.view(0, len(ids), lengths))
+            return self.forward(torch.tensor(ids, device=self.device), cache.view(0, len(ids), lengths))
 
     def _step_in_place(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """tokens (2, rows): ids and lengths. All shapes depend on the number of rows and the capacity alone."""
-        return self(tokens[0], cache.static_view(tokens[1]))
+        return self.forward(tokens[0], cache.static_view(tokens[1]))
 
     def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (rows,), cache: a view of these rows -> logits (rows, vocab) in fp32."""

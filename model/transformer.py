@@ -105,7 +105,7 @@ class KVCache:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) + mask) v, the shape of q. k and v have fewer heads; mask as in `Attention.forward`.
+    """softmax(q k^T / sqrt(head_dim) + mask) v, the shape of q. k, v have fewer heads; mask as in `Attention.forward`.
 
     On a CPU F.scaled_dot_product_attention is the fastest in fp32. In 16 bits its backward pass, and with one query its
     forward pass, are slower than `attention_cpu`.

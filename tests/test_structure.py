@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3130
+READING_PATH_LINES = 3330
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
-    "1-pretrain.py": Size(48, 7505, 73),
-    "2-eval.py": Size(70, 10322, 79),
-    "3-full_sft.py": Size(49, 7376, 69),
-    "4-lora_sft.py": Size(50, 7524, 69),
-    "5-dpo_train.py": Size(57, 8551, 78),
+    "1-pretrain.py": Size(52, 8357, 83),
+    "2-eval.py": Size(73, 10937, 92),
+    "3-full_sft.py": Size(53, 8228, 79),
+    "4-lora_sft.py": Size(54, 8376, 79),
+    "5-dpo_train.py": Size(62, 9644, 96),
 }
 
 # Public names that several files define, and why.
@@ -44,7 +44,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 16353, "applications": 13773}
+PART_LINES = {"core": 17414, "applications": 13835}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {

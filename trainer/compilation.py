@@ -43,6 +43,8 @@ def decide_compile(
         if choice == "on" and (missing := missing_compiler(dist.device)):
             dist.print0(f"not compiled: {missing} is missing")
             choice = "off"
+        if choice == "on":
+            torch._dynamo.config.suppress_errors = True  # where compiling fails, that part runs uncompiled
     elif choice == "on" and (missing := missing_compiler(dist.device)):
         raise UserError(f"--compile on needs {missing}: install it, or use --compile off")
     if choice == "on":

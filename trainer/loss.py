@@ -86,7 +86,7 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _device_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`_nll` of (batch, seq, dim) and (batch, seq), by checkpointed chunks where there are more than FULL_LOGITS logits."""
+    """`_nll` of (batch, seq, dim) and (batch, seq), by checkpointed chunks above FULL_LOGITS logits."""
     h, y = hidden.flatten(0, 1), labels.flatten()
     if len(y) * len(weight) <= FULL_LOGITS:
         return _nll(h, weight, y).view(labels.shape)
