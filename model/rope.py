@@ -25,7 +25,6 @@ from torch import Tensor
 
 from common.errors import require
 from model.config import ModelConfig
-from model.cpu_ops import rotate, trains_on_cpu
 from model.rope_flags import check_rope_factor
 
 
@@ -120,14 +119,9 @@ def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tup
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of x (batch, heads, seq, head_dim). cos, sin broadcast to it: (seq, head_dim) at the end.
-
-    Computed in the dtype of the tables; the result has the dtype of x.
-    """
-    if trains_on_cpu(x):
-        return rotate(x, cos, sin)
+    """Rotate the pairs of x (batch, heads, seq, head_dim). cos, sin broadcast to it: (seq, head_dim) at the end."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def extend_context(config: ModelConfig, kind: str, factor: float) -> ModelConfig:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.device import compute_dtype, has_native_bf16
 from model.config import ModelConfig
-from model.cpu_ops import attention_cpu, rms_norm, swiglu_down, trains_on_cpu
 from model.moe import MoEFeedForward
 from model.rope import apply_rope, dynamic_rope, extend_context, rope_table
+
+CPU_QUERY_BLOCK = 128  # queries per block of the CPU attention; 64 and 256 measured slower at 512 tokens
 
 
 class RMSNorm(nn.Module):
@@ -36,8 +36,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and trains_on_cpu(x):
-            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -104,19 +102,32 @@ class KVCache:
             self.lengths = self.lengths + new
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) + mask) v, the shape of q. k, v have fewer heads; mask as in `Attention.forward`.
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + mask) v in blocks of queries. No `mask`: causal, the last query sees all keys.
 
-    On a CPU F.scaled_dot_product_attention is the fastest in fp32. In 16 bits its backward pass, and with one query its
-    forward pass, are slower than `attention_cpu`.
+    q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys >= seq, head_dim); mask as in `Attention.forward`.
+    Returns the shape of q. F.scaled_dot_product_attention is slower on the CPU: a third of a training step in backward
+    (head_dim 32), four times in bf16 for one query. Here the query heads of a key head form one matrix product, and a
+    block of queries skips the keys after it.
     """
-    on_cpu, heads = q.device.type == "cpu", q.shape[1] // k.shape[1]
-    if on_cpu and not dropout and not torch.compiler.is_compiling() and (q.shape[2] == 1 or q.dtype != torch.float32):
-        return attention_cpu(q, k, v, mask)
-    shares_keys = on_cpu or (mask is None and q.element_size() == 2 and has_native_bf16(q.device))
-    if heads > 1 and not shares_keys:  # elsewhere enable_gqa selects the kernel that stores every score
-        k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=shares_keys)
+    batch, heads, seq, head_dim = q.shape
+    kv_heads, before = k.shape[1], k.shape[2] - seq  # cached keys, which every query sees
+    q = (q * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, seq, head_dim)
+    blocks = []
+    for start in range(0, seq, CPU_QUERY_BLOCK):
+        end = min(start + CPU_QUERY_BLOCK, seq)
+        seen = before + end
+        rows = q[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
+        scores = (rows @ k[:, :, :seen].transpose(-1, -2)).view(batch, heads, end - start, seen)
+        if mask is None:
+            future = torch.full((end - start, seen), -math.inf, dtype=scores.dtype, device=q.device)
+            scores = scores + future.triu(1 + before + start)
+        else:
+            scores = scores.masked_fill(~mask[..., start:end, :seen], -math.inf)
+        weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+        block = weights.view(batch, kv_heads, -1, seen) @ v[:, :, :seen]
+        blocks.append(block.view(batch, heads, end - start, head_dim))
+    return torch.cat(blocks, dim=2)
 
 
 class Attention(nn.Module):
@@ -138,15 +149,20 @@ class Attention(nn.Module):
 
         mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal, or one query that sees all.
         """
-        heads, seq = (*x.shape[:2], -1, self.config.head_dim), x.shape[1]
-        x = x.to(compute_dtype(self.q_proj.weight))  # once for three products
+        batch, seq, _ = x.shape
+        heads = (batch, seq, -1, self.config.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = apply_rope(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        is_causal = mask is None and (cache is None or seq > 1)
-        out = attention(q, k, v, mask, is_causal, self.config.dropout if self.training else 0.0)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        dropout = self.config.dropout if self.training else 0.0
+        if x.device.type == "cpu" and (mask is None or seq == 1):
+            out = attention_cpu(q, k, v, dropout, mask)
+        else:
+            causal = mask is None and seq > 1
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=True)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -161,11 +177,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(compute_dtype(self.gate_proj.weight))  # once for two products
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if trains_on_cpu(x) and type(self.down_proj) is nn.Linear:  # not LoRALinear
-            return swiglu_down(gate, up, self.down_proj.weight)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.cpu_ops import attention_cpu
 from model.rope import apply_rope, rope_table
-from model.transformer import RMSNorm, Transformer, attention
+from model.transformer import RMSNorm, Transformer, attention_cpu
 
 
 def test_rope_depends_only_on_the_distance():
@@ -42,7 +41,7 @@ def test_rms_norm_equals_the_formula():
 def test_cpu_attention_equals_the_library(seq, heads, kv_heads):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, seq, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    ours = attention_cpu(q, k, v)
+    ours = attention_cpu(q, k, v, 0.0)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     weights = torch.randn_like(ours)
@@ -61,7 +60,7 @@ def test_cpu_attention_sees_all_keys_of_a_cache(before, seq):
     k, v = torch.randn(2, 2, 2, before + seq, 16)
     seen = torch.arange(before + seq) <= before + torch.arange(seq)[:, None]
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-    torch.testing.assert_close(attention_cpu(q, k, v), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention_cpu(q, k, v, 0.0), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seq", [1, 150])
@@ -72,13 +71,13 @@ def test_cpu_attention_applies_the_mask(seq):
     ends = torch.tensor([20, 60, 71])  # rows of different lengths, as in a cache of several sequences
     mask = (torch.arange(70 + seq) < ends[:, None, None] + torch.arange(seq)[:, None])[:, None]
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(attention_cpu(q, k, v, mask), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention_cpu(q, k, v, 0.0, mask), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_applies_dropout():
+def test_cpu_attention_applies_dropout():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 256, 2)
-    out = attention(q, k, torch.ones(1, 1, 256, 2), None, True, 0.5)
+    out = attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
     assert out.std() > 0.01 and abs(out[:, :, 64:].mean() - 1) < 0.1  # random, with the right mean
 
 

@@ -1,4 +1,4 @@
-"""Run several trainings in one pair of processes. `run_jobs` starts it with torchrun and a list of jobs.
+"""Run several trainings in one pair of processes. test_parallel.py starts it with torchrun and a list of jobs.
 
     torchrun --nproc_per_node 2 tests/trainer/parallel_jobs.py JOBS.json
 
@@ -17,21 +17,11 @@ from common.cli import parse
 from common.device import pick_dtype
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
-from tests.helpers import load_script, run_process
-from trainer import loop
+from tests.helpers import load_script
+from trainer import curves, loop
 from trainer.datasets import PackedDataset
 from trainer.distributed import DistContext, init_distributed
 from trainer.stage import Stage
-
-
-def run_jobs(folder: Path, jobs: list[dict], data_path: Path, tokenizer_path: Path) -> str:
-    """Train the jobs in two processes under torchrun; returns their output. `folder`: for the list of jobs."""
-    plan = {"jobs": jobs, "data": str(data_path), "tokenizer": str(tokenizer_path)}
-    (folder / "jobs.json").write_text(json.dumps(plan))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_process(*torchrun, "-m", "tests.trainer.parallel_jobs", folder / "jobs.json")
-    assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-3000:]
-    return result.stdout
 
 
 def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
@@ -57,8 +47,6 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
 
 
 def main() -> None:
-    from trainer import curves  # not at the top: tests import this module, and matplotlib takes a second
-
     curves.draw_curves = lambda *_: None  # plotting takes longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with init_distributed("cpu", "float32") as dist:

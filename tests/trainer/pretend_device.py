@@ -70,6 +70,7 @@ def register_device() -> torch.device:
 def last_place(stack: traceback.StackSummary) -> str:
     """Return "file: line" of the innermost line of the project."""
     lines = [line for line in stack if line.filename.startswith(str(ROOT)) and line.filename != __file__]
+    lines = [line for line in lines if "site-packages" not in line.filename]  # of an environment in the project folder
     return f"{os.path.relpath(lines[-1].filename, ROOT)}: {lines[-1].line}" if lines else "this file"
 
 

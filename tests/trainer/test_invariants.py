@@ -1,11 +1,12 @@
 """Steps with batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2 accumulated give equal results up to rounding."""
 
+import sys
+
 import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script
-from tests.trainer.parallel_jobs import run_jobs
+from tests.helpers import EXACT_FLAGS, ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.train_state import micro_batch_size, resolve_global_batch_size
@@ -13,7 +14,6 @@ from trainer.train_state import micro_batch_size, resolve_global_batch_size
 # AdamW, because Muon orthogonalises in bf16, which amplifies rounding differences.
 COMMON = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
 # 59 rows = 7 full batches of 8 and one of 3: the comparison includes the short batch and the second epoch.
-MODELS = {"dense": [], "moe": ["--use_moe", "--n_routed_experts", "2", "--balance_loss_coef", "0"]}
 
 
 def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags):
@@ -55,21 +55,15 @@ def test_accumulation_equals_one_large_batch(monkeypatch, big_batch, pretrain_di
         assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "nine", *flags))
 
 
-@pytest.fixture(scope="module")
-def two_processes(pretrain_dir, tokenizer_dir, tmp_path_factory):
-    """The folder of one run per model, trained by one pair of processes with 2 rows x 2 accumulated each."""
-    root = tmp_path_factory.mktemp("two")
-    flags = [*COMMON, "--batch_size", "2", "--global_batch_size", "8"]
-    jobs = [{"out": str(root / name), "flags": [*flags, *model]} for name, model in MODELS.items()]
-    run_jobs(root, jobs, pretrain_dir, tokenizer_dir)
-    return root
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_two_processes_equal_one(monkeypatch, name, two_processes, pretrain_dir, tokenizer_dir, tmp_path):
-    flags = ["--batch_size", 8, *MODELS[name]]
-    one, two = pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path, *flags), two_processes / name
-    if name == "moe":
+@pytest.mark.parametrize("model", [[], ["--use_moe", "--n_routed_experts", "2", "--balance_loss_coef", "0"]])
+def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir, tmp_path):
+    one = pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "one", "--batch_size", 8, *model)
+    two = tmp_path / "two"
+    flags = ["--batch_size", 2, "--global_batch_size", 8, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_process(*torchrun, ROOT / "1-pretrain.py", *COMMON, *flags, *model, "--out_dir", two)
+    assert result.returncode == 0, result.stderr[-2000:]
+    if model:
         for folder in (one, two):
             (folder / "pretrain_32_moe.jsonl").rename(folder / "pretrain_32.jsonl")
             (folder / "pretrain_32_moe.pth").rename(folder / "pretrain_32.pth")

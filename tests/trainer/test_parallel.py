@@ -1,6 +1,7 @@
 """Every --parallel mode with two processes: losses and weights equal DDP's, same checkpoint, resume across modes."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
-from tests.trainer.parallel_jobs import run_jobs
 
 MODES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARED = MODES[1:]
@@ -47,7 +47,12 @@ def job_outputs(tokenizer_dir, pretrain_dir, tmp_path_factory):
     jobs.append(training_job(root / "whole", "ddp", *long))
     stops = (("zero1", 1), ("fsdp", 3), ("zero3", 5), ("ddp", 7), ("zero2", 9))
     jobs += [training_job(root / "parts", mode, *long, stop=stop) for mode, stop in stops]
-    return root, run_jobs(root, jobs, pretrain_dir, tokenizer_dir)
+    plan = {"jobs": jobs, "data": str(pretrain_dir), "tokenizer": str(tokenizer_dir)}
+    (root / "jobs.json").write_text(json.dumps(plan))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_process(*torchrun, "-m", "tests.trainer.parallel_jobs", root / "jobs.json")
+    assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-3000:]
+    return root, result.stdout
 
 
 def log_rows(folder):
