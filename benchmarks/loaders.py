@@ -70,7 +70,7 @@ class PaddedRows(TokenDataset):
 
     rows: TokenDataset
     width: int
-    padding: dict[str, int] = field(default_factory=lambda: {"input_ids": 0, "labels": IGNORE_INDEX, "token_mask": 0})
+    padding: dict[str, int] = field(default_factory=lambda: {"input_ids": 0, "labels": IGNORE_INDEX, "token_mask": 0})  # nosec B105
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -26,7 +26,7 @@ MAX_CACHED_CHARACTERS = 4_000_000
 SLOT_BITS = 18  # of the hash table of short segments; 3 MB
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
 _CODE_POINTS = 0x110000
-_MODEL: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+_MODEL: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}  # nosec B105
 _MODEL |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 
 # Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).

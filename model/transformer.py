@@ -158,10 +158,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)
         dropout = self.config.dropout if self.training else 0.0
-        if x.device.type == "cpu" and (mask is None or seq == 1):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (mask is None or seq == 1):
             out = attention_cpu(q, k, v, dropout, mask)
         else:
-            causal = mask is None and seq > 1
+            causal = mask is None and (cache is None or seq > 1)  # a bool, also if torch.compile makes seq a symbol
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=True)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected

@@ -35,7 +35,7 @@ def group_texts(batch: Batch) -> Batch:
 
 def main() -> None:
     folder, what, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")  # nosec B615
 
     def tokenize_texts(batch: Batch) -> Batch:
         ids = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
@@ -50,7 +50,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
-        data: Any = datasets.load_dataset("json", data_files=str(folder / f"{name}.jsonl"), cache_dir=cache)["train"]
+        data: Any = datasets.load_dataset("json", data_files=str(folder / f"{name}.jsonl"), cache_dir=cache)["train"]  # nosec B615
         read = time.perf_counter()
         data = data.map(work, batched=True, num_proc=processes, remove_columns=data.column_names)
         if what == "pretrain":

@@ -22,7 +22,7 @@ class TransformersGenerator:
 
     def __init__(self, config: DecodingConfig) -> None:
         dtype = getattr(torch, config.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(config.folder / "hf", dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(config.folder / "hf", dtype=dtype)  # nosec B615
         self.model: Any = model.to(config.device).eval()
         self.model.generation_config.eos_token_id = None
         weights = [p for name, p in self.model.named_parameters() if p.dim() > 1]

@@ -1,7 +1,6 @@
 """--compile: when auto compiles, what it prints, and the graphs of the compiled losses."""
 
 import functools
-import inspect
 import types
 
 import pytest
@@ -10,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from common.errors import UserError
 from tests.helpers import load_script, tiny_model
-from trainer import compilation, loop, loss
+from trainer import compilation, loop
 from trainer.compilation import MIN_CPU_FLOPS, decide_compile
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
@@ -93,8 +92,7 @@ def test_a_compiled_loss_equals_the_plain_one(script, use_moe):
     assert_equal_losses(plain, compiled)
 
 
-@pytest.mark.skipif("is_compiling" not in inspect.getsource(loss), reason="the losses still index by masks")
-@pytest.mark.parametrize(("script", "use_moe"), STAGES)
+@pytest.mark.parametrize(("script", "use_moe"), [stage for stage in STAGES if not stage[1]])  # an MoE reads counts
 def test_eight_widths_need_at_most_three_graphs(script, use_moe):
     counter = CompileCounterWithBackend("aot_eager")
     _, breaks = compiled_steps(script, use_moe, counter, range(16, 144, 16))

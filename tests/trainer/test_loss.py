@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import loss as loss_module
-from trainer.loss import IGNORE_INDEX, LOGITS_CHUNK, cross_entropy_sum
+from trainer.loss import IGNORE_INDEX, LOGITS_CHUNK, cross_entropy_sum, token_log_probs
 
 
 def random_problem(tokens, dim=16, vocab=50, ignored=0.3, seed=0):
@@ -58,6 +58,23 @@ def test_ignored_positions_do_not_change_the_loss():
     assert before.item() == after.item()
 
 
+@pytest.mark.parametrize("full_logits", [10**9, 0], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.1])
+def test_loss_of_a_device_equals_the_loss_of_a_cpu(monkeypatch, full_logits, ignored):
+    """The plain operators of other devices: the same loss, log-probabilities and gradients."""
+    monkeypatch.setattr(loss_module, "FULL_LOGITS", full_logits)
+    monkeypatch.setattr(loss_module, "DEVICE_CHUNK", 16)
+    results = []
+    for is_chunked in (True, False):
+        monkeypatch.setattr(loss_module, "_is_chunked", lambda _, chunked=is_chunked: chunked)
+        hidden, weight, labels = random_problem(64, ignored=ignored)
+        loss, log_probs = cross_entropy_sum(hidden, weight, labels), token_log_probs(hidden, weight, labels)
+        (loss * 0.5 + (log_probs * torch.arange(32)).sum()).backward()
+        results.append((loss.detach(), log_probs.detach(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor created inside."""
 
@@ -87,8 +104,8 @@ class ProductShapes(TorchDispatchMode):
         self.shapes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.mm.default:
-            self.shapes.add((tuple(args[0].shape), tuple(args[1].shape)))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+            self.shapes.add(tuple(tuple(factor.shape) for factor in args[-2:]))
         return function(*args, **(kwargs or {}))
 
 
