@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3330
+READING_PATH_LINES = 3337
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
