@@ -35,17 +35,21 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 matrix products: CUDA from sm80 on, CPUs with AMX or AVX512-bf16."""
+    """Whether bf16 matrix products are faster than fp32 ones: CUDA from sm80 on, CPUs with AMX, AMD's AVX512-bf16.
+
+    Intel's AVX512-bf16 without AMX does not count: its bf16 products measured half as fast as its fp32 ones (LOG.md).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":  # private functions of torch: a missing one counts as False
-        probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    if device.type == "cpu":  # functions that a version of torch lacks count as False
+        is_intel = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("Intel")
+        probes = ["_is_amx_tile_supported"] + ["_is_avx512_bf16_supported"] * (not is_intel)
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype; `auto`: bf16 if the hardware has it, else fp16 on CUDA (with a gradient scaler), else fp32.
+    """Return the dtype; `auto`: bf16 where its products are faster, else fp16 on CUDA (with a gradient scaler), else fp32.
 
     Raises UserError for an unknown name.
     """

@@ -92,3 +92,8 @@ def test_the_picture_is_written(tmp_path):
     )
     for name in ("speed.png", "two.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_peer_without_a_memory_figure_of_its_own_gets_its_resident_set():
+    case = Case("peer", [sys.executable, "-c", "print('{\"speed\": 3}')"], metrics=("speed", "peak_memory_mb"))
+    assert run_case(case)["peak_memory_mb"] > 1
