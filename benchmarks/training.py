@@ -125,9 +125,9 @@ def write_tokens(folder: Path, config: ModelConfig, num_tokens: int) -> str:
 def resolve(device: str, dtypes: Sequence[str]) -> tuple[str, list[str]]:
     """Return the device and the dtypes that `auto` stands for, without importing torch here."""
     code = (
-        "import json; from common.device import has_native_bf16, pick_device; "
+        "import json; from common.device import has_fast_bf16, pick_device; "
         f"device = pick_device({device!r}); "
-        "print(json.dumps({'is_cuda': device.type == 'cuda', 'has_bf16': has_native_bf16(device)}))"
+        "print(json.dumps({'is_cuda': device.type == 'cuda', 'has_bf16': has_fast_bf16(device)}))"
     )
     found = run_case(Case("device", [sys.executable, "-c", code]))
     auto = "bfloat16" if found["has_bf16"] else "float32"

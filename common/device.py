@@ -34,7 +34,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
-def has_native_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 ones: CUDA from sm80 on, CPUs with AMX, AMD's AVX512-bf16.
 
     Intel's AVX512-bf16 without AMX does not count: its bf16 products measured half as fast as its fp32 ones (LOG.md).
@@ -49,12 +49,12 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype; `auto`: bf16 where its products are faster, else fp16 on CUDA (with a gradient scaler), else fp32.
+    """Return the dtype; `auto`: bf16 where it is faster, else fp16 on CUDA (with a gradient scaler), else fp32.
 
     Raises UserError for an unknown name.
     """
     if name == "auto":
-        if has_native_bf16(device):
+        if has_fast_bf16(device):
             return torch.bfloat16
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in TORCH_DTYPES:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.device import has_native_bf16
+from common.device import has_fast_bf16
 from model.lora import LoRALinear
 from model.transformer import Attention, KVCache, Transformer
 
@@ -196,7 +196,7 @@ class DecodeModel(nn.Module):
         self.register_buffer("turn", torch.cat((half[1], -half[0])), persistent=False)
         self.register_buffer("identity", torch.cat(half), persistent=False)
         self.plain: DecodeModel | None = None  # the fp32 form, without copies, for many rows
-        is_slow = self.device.type == "cpu" and dtype != weight.dtype and not has_native_bf16(self.device)
+        is_slow = self.device.type == "cpu" and dtype != weight.dtype and not has_fast_bf16(self.device)
         if is_slow and not int8:
             self.plain = DecodeModel(model, weight.dtype)
         self.compiled: Callable[..., Tensor] | None = None

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common.device import has_native_bf16
+from common.device import has_fast_bf16
 from common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
@@ -62,7 +62,7 @@ def pays_off(config: TrainConfig, stage: Stage, dist: DistContext, rows_per_step
         return False
     if dist.device.type != "cpu":
         return dist.device.type == "cuda"
-    if dist.dtype != torch.bfloat16 or not has_native_bf16(dist.device):
+    if dist.dtype != torch.bfloat16 or not has_fast_bf16(dist.device):
         return False
     flops_per_token, seq = stage_flops_per_token(stage)
     flops = flops_per_token * seq * rows_per_step / dist.world_size * total_steps

@@ -18,7 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.device import has_native_bf16
+from common.device import has_fast_bf16
 from model.transformer import Transformer
 from trainer.config import TrainConfig
 
@@ -97,7 +97,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """dtype: of the orthogonalization; None: bf16 where the hardware has it, else fp32."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
-        self.dtype = dtype or (torch.bfloat16 if has_native_bf16(params[0].device) else torch.float32)
+        self.dtype = dtype or (torch.bfloat16 if has_fast_bf16(params[0].device) else torch.float32)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -30,7 +30,7 @@ def make_stage(compute_loss=None, lengths=None, **changes):
 
 
 def decide(monkeypatch, tmp_path, steps, dtype=torch.bfloat16, native=True, compiler="", device=CPU, **flags):
-    monkeypatch.setattr(compilation, "has_native_bf16", lambda device: native)
+    monkeypatch.setattr(compilation, "has_fast_bf16", lambda device: native)
     monkeypatch.setattr(compilation, "missing_compiler", lambda device: compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
