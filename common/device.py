@@ -42,7 +42,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":  # functions that a version of torch lacks count as False
-        is_intel = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("Intel")
+        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        is_intel = cpu.get("cpu_name", "").startswith("Intel")
         probes = ["_is_amx_tile_supported"] + ["_is_avx512_bf16_supported"] * (not is_intel)
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
@@ -77,7 +78,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype of matrix products with this weight: that of the enclosing autocast context, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products with this tensor: that of the enclosing autocast context, else the tensor's."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

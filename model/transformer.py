@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.device import compute_dtype
 from model.config import ModelConfig
+from model.cpu_ops import rms_norm, rotate, swiglu_down, trains_on_cpu
 from model.moe import MoEFeedForward
 from model.rope import apply_rope, dynamic_rope, extend_context, rope_table
 
@@ -36,6 +38,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and trains_on_cpu(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -106,9 +110,9 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor 
     """softmax(q k^T / sqrt(head_dim) + mask) v in blocks of queries. No `mask`: causal, the last query sees all keys.
 
     q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys >= seq, head_dim); mask as in `Attention.forward`.
-    Returns the shape of q. F.scaled_dot_product_attention is slower on the CPU: a third of a training step in backward
-    (head_dim 32), four times in bf16 for one query. Here the query heads of a key head form one matrix product, and a
-    block of queries skips the keys after it.
+    Returns the shape of q. In 16 bits F.scaled_dot_product_attention is slower on a CPU: twice in backward, four times
+    for one query. Here the query heads of a key head form one matrix product, and a block of queries skips the keys
+    after it.
     """
     batch, heads, seq, head_dim = q.shape
     kv_heads, before = k.shape[1], k.shape[2] - seq  # cached keys, which every query sees
@@ -149,16 +153,18 @@ class Attention(nn.Module):
 
         mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal, or one query that sees all.
         """
-        batch, seq, _ = x.shape
-        heads = (batch, seq, -1, self.config.head_dim)
-        q = apply_rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        k = apply_rope(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        heads, seq = (*x.shape[:2], -1, self.config.head_dim), x.shape[1]
+        x = x.to(compute_dtype(x))  # autocast would convert it for each product
+        rope = rotate if trains_on_cpu(x) else apply_rope
+        q = rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rope(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         q, k = q.to(v.dtype), k.to(v.dtype)
         dropout = self.config.dropout if self.training else 0.0
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (mask is None or seq == 1):
+        is_short = mask is None or seq == 1
+        if x.device.type == "cpu" and v.dtype != torch.float32 and is_short and not torch.compiler.is_compiling():
             out = attention_cpu(q, k, v, dropout, mask)
         else:
             causal = mask is None and (cache is None or seq > 1)  # a bool, also if torch.compile makes seq a symbol
@@ -177,7 +183,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = x.to(compute_dtype(x))  # autocast would convert it for each product
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # DeepSpeed ZeRO-3 (ds_id) frees the weights of all modules but the one whose backward runs.
+        if trains_on_cpu(x) and type(self.down_proj) is nn.Linear and not hasattr(self.down_proj.weight, "ds_id"):
+            return swiglu_down(gate, up, self.down_proj.weight)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 

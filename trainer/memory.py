@@ -16,7 +16,8 @@ from model.config import ModelConfig
 from model.parameters import count_parameters
 
 CUDA_CONTEXT = 0.8e9  # bytes of the CUDA context: MindLLM's two inference figures minus the weights
-LOSS_CHUNK = 1024  # positions per chunk of logits (trainer/loss.py)
+# Positions per chunk of logits on a CPU; on a GPU, above this number of logits of a micro-batch (trainer/loss.py).
+LOSS_CHUNK, DEVICE_CHUNK, FULL_LOGITS = 1024, 4096, 2**29
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
 
 
@@ -24,26 +25,46 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
     """Return the bytes that autograd saves per token and layer, counted by tensor (tests/trainer/test_memory.py).
 
     compute_bytes: 4 in fp32, 2 under autocast, where the residual stream and the norms stay in fp32.
-    On CUDA, flash attention saves queries, keys, values and output. On a CPU, the project's blockwise attention saves
-    for every block of queries the softmax and a copy of its keys and values.
+    Flash attention saves queries, keys, values and output. On a CPU in 16 bits, the project's blockwise attention saves
+    for every block of queries the softmax and a copy of its keys and values. CPUs recompute what model/cpu_ops.py says.
     """
     dim, hidden, b = config.dim, config.hidden_dim, compute_bytes
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    # Two norms save input and output in fp32, under autocast also the low-precision inputs of matrix products; then
-    # the queries and the input of o_proj, and with qk_norm queries and keys before and after the norm.
-    stream = (24 if b == 4 else 26) * dim + 2 * b * q_dim + (8 * (q_dim + kv_dim) if config.qk_norm else 0)
-    if device == "cpu":
+    if device == "cpu":  # two norms save their inputs and 1 / rms in fp32; then the products' inputs and the queries
+        stream = (8 + 2 * b) * dim + 8 + 2 * b * q_dim
+        per_head = (1 if b == 4 else 2) * config.head_dim + 1  # in 16 bits torch's norm saves inputs and outputs
+        stream += 4 * (config.n_heads + config.n_kv_heads) * per_head if config.qk_norm else 0
+        feed_forward = 2 * b * hidden
+    else:
+        # Two norms save input and output in fp32, under autocast also the low-precision inputs of matrix products; then
+        # the queries and the input of o_proj, and with qk_norm queries and keys before and after the norm.
+        stream = (24 if b == 4 else 26) * dim + 2 * b * q_dim + (8 * (q_dim + kv_dim) if config.qk_norm else 0)
+        feed_forward = 4 * b * hidden
+    if device == "cpu" and b == 2:
         ends = [min(seq, start + CPU_BLOCK) for start in range(0, seq, CPU_BLOCK)]
         scores = sum((end - start) * end for start, end in zip(range(0, seq, CPU_BLOCK), ends, strict=True)) / seq
         attention = b * (scores * config.n_heads + 2 * kv_dim * sum(ends) / seq)
     else:
-        attention = b * (q_dim + 2 * kv_dim) + 4 * config.n_heads
+        attention = b * 2 * kv_dim + 4 * config.n_heads + (b * q_dim if device != "cpu" else 0)
     if not config.use_moe:
-        return stream + attention + 4 * b * hidden
+        return stream + attention + feed_forward
     active_experts = config.n_shared_experts + config.n_active_experts
-    routed = config.n_active_experts * (12 * dim + 32)  # input rows of an expert, its output, the weighted sum
-    copies = 4 * dim * config.n_shared_experts if b == 2 else 0  # low-precision inputs of a shared expert's products
-    return stream + attention + 4 * b * hidden * active_experts + routed + copies + 8 * config.n_routed_experts
+    routed = config.n_active_experts * ((8 + b) * dim + 32)  # input rows of an expert, its output, the weighted sum
+    copies = 2 * dim * (config.n_shared_experts + 1) if b == 2 else 0  # of the norm's output, for products and router
+    return stream + attention + feed_forward * active_experts + routed + copies + 8 * config.n_routed_experts
+
+
+def logits_memory(tokens: int, vocab_size: int, compute_bytes: int, device: str) -> float:
+    """Return the bytes of logits and their gradient that exist at once, in a micro-batch of `tokens`.
+
+    A CPU overwrites them in place, in 16 bits with a copy of either. A GPU keeps the logits in the compute dtype and in
+    fp32 and their log-softmax.
+    """
+    low_bytes = compute_bytes if compute_bytes < 4 else 0
+    if device == "cpu":
+        return min(tokens, LOSS_CHUNK) * vocab_size * (4 + 2 * low_bytes)
+    positions = tokens if tokens * vocab_size <= FULL_LOGITS else min(tokens, DEVICE_CHUNK)
+    return positions * vocab_size * (8 + low_bytes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float
-    loss: float  # logits of one chunk, their gradient, and the gradient of the output layer
+    loss: float  # logits that exist at once, their gradient, and the gradient of the output layer
     other: float  # low-precision copies of the matrices, communication buffers, CUDA context
 
     @property
@@ -107,8 +128,7 @@ def training_memory(
     kept = per_layer * config.n_layers
     if recompute:  # the activations of one layer, and the residual stream between all layers
         kept = per_layer + 4 * config.dim * config.n_layers
-    chunk = min(LOSS_CHUNK, tokens)
-    loss = 8 * chunk * config.vocab_size + 4 * config.vocab_size * config.dim
+    loss = logits_memory(tokens, config.vocab_size, compute_bytes, device) + 4 * config.vocab_size * config.dim
     return MemoryEstimate(weights, gradients, states, tokens * kept, loss, other)
 
 

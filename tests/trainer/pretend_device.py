@@ -35,7 +35,7 @@ from tests.helpers import ROOT, load_script
 from trainer.config import TrainConfig
 from trainer.datasets import Batch
 from trainer.distributed import DistContext
-from trainer.engine import DDPEngine, init_optimizer_state
+from trainer.engine import DDPEngine
 from trainer.loop import train_step
 from trainer.stage import Stage
 
@@ -156,8 +156,6 @@ def make_engine(device: torch.device, name: str, optimizer: str) -> DDPEngine:
 def step_job(device: torch.device, name: str, optimizer: str) -> Callable[[], object]:
     """A step of two micro-batches."""
     engine = make_engine(device, name, optimizer)
-    for each in engine.optimizers:
-        init_optimizer_state(each)
     batches = [make_batch(engine.stage.loss_unit) for _ in range(2)]
     return lambda: train_step(engine, batches)
 
