@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from trainer import optim
+from trainer.engine import init_optimizer_state
 from trainer.optim import NEWTON_SCHULZ, Muon, make_optimizers, orthogonalize, orthogonalize_shards, stack_elements
 
 SHAPES = [(64, 64), (32, 64), (64, 32), (40, 120), (120, 40), (1, 7), (96, 96)]
@@ -179,3 +180,24 @@ def test_a_step_of_the_small_preset_needs_few_launches(found_inf):
         with CountLaunches() as launches:
             optimizer.step()
     assert 50 < launches.count <= 190
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_state_allocated_in_advance_changes_no_step(kind):
+    results = []
+    for in_advance in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(50, 32, 2, 4, 2))
+        optimizers = make_optimizers(model, kind, 1e-3, 0.1)
+        if in_advance:
+            init_optimizer_state(optimizers)
+            states = [state for optimizer in optimizers for state in optimizer.state.values()]
+            assert len(states) == len(list(model.parameters()))
+            assert not any(tensor.any() for state in states for tensor in state.values())
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
