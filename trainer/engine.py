@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.moe import MoEFeedForward
 from model.transformer import Transformer
 from trainer.config import TrainConfig
 from trainer.datasets import Batch
@@ -203,6 +204,7 @@ class FSDPEngine(Engine):
 
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+        forbid_stacked_experts(self.model)
         low = None if dist.dtype == torch.float32 else dist.dtype
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in self.model.model.layers:
@@ -230,6 +232,13 @@ class FSDPEngine(Engine):
             whole = parameter.full_tensor()  # type: ignore[attr-defined]
             if self.dist.is_rank0:
                 target[name].copy_(whole)
+
+
+def forbid_stacked_experts(model: nn.Module) -> None:
+    """Make an MoE compute its experts one by one: stacked copies of sharded weights would stay in memory."""
+    for module in model.modules():
+        if isinstance(module, MoEFeedForward):
+            module.has_sharded_weights = True
 
 
 def fp32_modules(layer: nn.Module) -> list[nn.Module]:

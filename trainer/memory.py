@@ -49,8 +49,8 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
     if not config.use_moe:
         return stream + attention + feed_forward
     active_experts = config.n_shared_experts + config.n_active_experts
-    routed = config.n_active_experts * ((8 + b) * dim + 32)  # input rows of an expert, its output, the weighted sum
-    copies = 2 * dim * (config.n_shared_experts + 1) if b == 2 else 0  # of the norm's output, for products and router
+    routed = config.n_active_experts * (2 * b * dim + 28)  # input rows of an expert, its output, indices and weights
+    copies = (4 if config.n_shared_experts else 2) * dim if b == 2 else 0  # the router's input in fp32
     return stream + attention + feed_forward * active_experts + routed + copies + 8 * config.n_routed_experts
 
 

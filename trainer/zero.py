@@ -18,7 +18,7 @@ from common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, empty_batch, to_device
 from trainer.distributed import DistContext
-from trainer.engine import Engine, StageLoss
+from trainer.engine import Engine, StageLoss, forbid_stacked_experts
 from trainer.stage import LossAndMetrics, Stage
 from trainer.state_files import SavedState, TensorDict
 
@@ -53,6 +53,8 @@ class ZeroEngine(Engine):
             raise UserError("--parallel zero supports bf16 and fp32: use --dtype float32, or --parallel fsdp for fp16")
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         self.zero_stage = int(config.parallel.removeprefix("zero"))
+        if self.zero_stage == 3:
+            forbid_stacked_experts(self.model)
         self.optimizers = self.make_optimizers()
         settings = {
             "train_micro_batch_size_per_gpu": config.batch_size,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.lora import LoRAConfig, attach
 from model.moe import MoEFeedForward
 from model.transformer import FeedForward, Transformer
 
@@ -50,6 +51,55 @@ def test_equals_a_plain_loop_over_tokens(k, shared):
     theirs = torch.autograd.grad((plain * weights).sum(), inputs, allow_unused=True)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
+
+
+def by_index_add(layer, x, token_mask=None):
+    """The layer's outputs in a plain form: each expert looks up its tokens and adds its results to them."""
+    tokens = x.reshape(-1, x.shape[-1])
+    probabilities = (tokens @ layer.gate.weight.T).softmax(-1)
+    weights, chosen = probabilities.topk(layer.n_active, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros_like(tokens)
+    for i, expert in enumerate(layer.experts):
+        rows, slots = (chosen == i).nonzero(as_tuple=True)
+        out = out.index_add(0, rows, expert(tokens[rows]) * weights[rows, slots, None])
+    out = out + sum(expert(tokens) for expert in layer.shared_experts)
+    return out.view_as(x), layer.compute_aux_loss(probabilities, chosen, token_mask)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("k", "used"), [(1, 8), (2, 8), (3, 5), (8, 8), (1, 1)])
+def test_sorted_rows_equal_lookups_by_expert(monkeypatch, k, used, masked, grouped):
+    """Outputs and all gradients, with experts that get no token (`used` of 8 are selected)."""
+    layer = moe(n_routed_experts=8, n_active_experts=k)
+    monkeypatch.setattr(layer, "uses_grouped_mm", lambda rows: grouped)
+    x = torch.randn(3, 7, 16)
+    x[..., 0] = 1
+    layer.gate.weight.data[used:, 0] = -100
+    x.requires_grad_()
+    token_mask = torch.arange(7).expand(3, -1) < 5 if masked else None
+    weights, results = torch.randn(3, 7, 16), []
+    for forward in (layer, lambda *inputs: by_index_add(layer, *inputs)):
+        out, aux_loss = forward(x, token_mask)
+        gradients = torch.autograd.grad((out * weights).sum() + aux_loss, [x, *layer.parameters()])
+        results.append([out, aux_loss, *gradients])
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_products_are_used_where_torch_has_them():
+    rows = torch.empty(4, 16, dtype=torch.bfloat16, device="meta")
+    assert moe().uses_grouped_mm(rows)
+    assert not moe().uses_grouped_mm(rows.float()) and not moe().uses_grouped_mm(torch.empty(4, 16).bfloat16())
+    assert not moe(hidden_dim=20).uses_grouped_mm(rows), "its rows are 40 bytes long"
+    sharded = moe()
+    sharded.has_sharded_weights = True
+    assert not sharded.uses_grouped_mm(rows)
+    model = Transformer(ModelConfig(50, 16, 2, 2, 1, max_seq_len=8, use_moe=True))
+    assert model.model.layers[0].mlp.uses_grouped_mm(rows)
+    attach(model, LoRAConfig(targets=("experts",)))
+    assert not model.model.layers[0].mlp.uses_grouped_mm(rows), "a LoRALinear computes more than a product"
 
 
 def aux_loss_of(layer, preferred, token_mask=None):

@@ -140,7 +140,9 @@ def make_batch(loss_unit: str) -> Batch:
 
 
 def make_engine(device: torch.device, name: str, optimizer: str) -> DDPEngine:
+    torch.set_default_dtype(torch.bfloat16 if name == "moe" else torch.float32)  # of weights: grouped_mm needs bf16
     model = make_model(device, use_moe=name == "moe")
+    torch.set_default_dtype(torch.float32)
     if name == "lora":
         with device:
             attach(model, LoRAConfig())
