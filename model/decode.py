@@ -1,11 +1,13 @@
 """The decoding step: the last token of each row in, the logits of its next token out.
 
-    decoder = DecodeModel(model, dtype)           weights in `dtype`, or int8=True: the values of round_to_int8
+    decoder = DecodeModel(model, dtype)                                      weights in `dtype`
+    round_to_int8(model); decoder = DecodeModel(model, dtype, int8=True)     int8 weights, products in bf16
     logits = decoder.step(ids, lengths, cache)    row i holds lengths[i] tokens and appends ids[i]
 
 The same function as `Transformer.forward` for one new token per row, to rounding, in fewer operations. In the dtype of
 the model it uses the model's own matrices; in another dtype it holds copies, which do not follow later changes of the
-model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel.
+model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel. The model
+keeps the same values, so that prompts and scores are computed with the weights that decode.
 With `backend` the step is one compiled graph for each number of rows (a power of two) and capacity of the cache.
 Called by generate.py. Read next: transformer.py (the oracle of tests/model/test_decode.py).
 """
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.device import has_fast_bf16
+from common.errors import require
 from model.lora import LoRALinear
 from model.transformer import Attention, KVCache, Transformer
 
@@ -72,29 +75,31 @@ def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Product(nn.Module):
-    """The same with an int8 matrix and x in `dtype`; torch's CPU kernel takes x in bf16."""
+    """The same with an int8 matrix, in torch's CPU kernel, which is fast for x in bf16 only."""
 
-    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
         super().__init__()
         weight, self.bias = joined_weight(linears)
-        integers, scale = int8_weight(weight)
-        self.integers, self.scale = (nn.Parameter(value, requires_grad=False) for value in (integers, scale))
-        multiple = weight.shape[1] % KERNEL_MULTIPLE == 0
-        self.has_kernel = weight.device.type == "cpu" and multiple and hasattr(torch, "_weight_int8pack_mm")
-        self.dtype = torch.bfloat16 if self.has_kernel else dtype
+        self.integers, self.scale = (nn.Parameter(value, requires_grad=False) for value in int8_weight(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if self.has_kernel:
-            out: Tensor = torch._weight_int8pack_mm(x, self.integers, self.scale)
-        else:
-            out = F.linear(x, self.integers.to(x.dtype)) * self.scale
+        out: Tensor = torch._weight_int8pack_mm(x.bfloat16(), self.integers, self.scale)
         return out if self.bias is None else out + self.bias
+
+
+def make_product(linears: Sequence[Any], dtype: torch.dtype, int8: bool) -> nn.Module:
+    """The product of linear layers of one input. `int8`: with int8 weights where torch has a kernel for them."""
+    weight = linears[0].weight
+    is_multiple = weight.shape[1] % KERNEL_MULTIPLE == 0
+    if int8 and weight.device.type == "cpu" and is_multiple and hasattr(torch, "_weight_int8pack_mm"):
+        return Int8Product(linears)
+    return (SharedProduct if dtype == weight.dtype else CopiedProduct)(linears, dtype)
 
 
 @torch.no_grad()
 def round_to_int8(model: Transformer) -> None:
-    """Round every matrix but the routers to the values of int8 weights, in place: what is measured is what decodes."""
+    """Round every matrix but the routers to the values of int8 weights, in place. Raises UserError with an adapter."""
+    require(not model.adapter, "int8 weights: merge the adapter first, because W and W + BA round differently")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith(".mlp.gate"):
             integers, scale = int8_weight(module.weight)
@@ -184,12 +189,12 @@ class DecodeModel(nn.Module):
     turn: Tensor  # (head_dim, head_dim): x @ turn exchanges the halves of x and negates the first result
 
     def __init__(self, model: Transformer, dtype: torch.dtype, int8: bool = False, backend: str | None = None) -> None:
-        """dtype: of the products. backend: of torch.compile, with one graph; None: not compiled."""
+        """dtype: of the products. int8: the model has the values of round_to_int8. backend: of torch.compile, with one
+        graph; None: not compiled."""
         super().__init__()
         weight, self.model = model.lm_head.weight, model
         self.device = weight.device
-        kind = Int8Product if int8 else SharedProduct if dtype == weight.dtype else CopiedProduct
-        product = functools.partial(kind, dtype=dtype)
+        product = functools.partial(make_product, dtype=dtype, int8=int8)
         self.layers = nn.ModuleList(DecodeLayer(layer, product) for layer in model.model.layers)
         self.lm_head = product([model.lm_head])
         half = torch.eye(model.config.head_dim, device=self.device).chunk(2)

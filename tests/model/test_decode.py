@@ -12,12 +12,12 @@ import torch
 
 import model.decode
 from common.device import autocast
-from model.decode import DecodeModel, int8_weight, round_to_int8
+from model.decode import DecodeModel, Int8Product, int8_weight, round_to_int8
 from model.generate import generate
 from model.lora import LoRAConfig, attach
 from model.sampling import SamplingParams
 from model.transformer import KVCache
-from tests.helpers import tiny_model
+from tests.helpers import one_line_error, tiny_model
 
 CPU = torch.device("cpu")
 TRAINED = {"original_max_position_embeddings": 8, "factor": 4.0}
@@ -146,8 +146,15 @@ def test_int8_decodes_the_rounded_model(variant, with_kernel, monkeypatch):
         assert torch.equal(rounded.model.layers[0].mlp.gate.weight, exact.model.layers[0].mlp.gate.weight)
     assert not torch.equal(rounded.lm_head.weight, exact.lm_head.weight)
     decoder = DecodeModel(rounded, torch.float32, int8=True)
-    assert decoder.lm_head.has_kernel == with_kernel
+    assert isinstance(decoder.lm_head, Int8Product) == with_kernel
     compare(rounded, decoder, [3, 9, 5], tolerance=0.1 if with_kernel else 1e-5)
+
+
+def test_an_adapter_is_merged_before_rounding():
+    model = tiny_model()
+    attach(model, LoRAConfig(rank=2))
+    with one_line_error("merge the adapter first"):
+        round_to_int8(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- compiled
