@@ -28,21 +28,23 @@ from serving.models import open_models
 from tests.helpers import run_script
 from tests.serving.server_helpers import run_server, text_of
 
-TEXT = "The sun is bright. The moon is far. The river is long. The tree is old and green. 太阳很亮。月亮很远。"
-PROMPTS = ["The sun", "The moon is", "The tree", "太阳"]
+SENTENCES = ["The sun is bright. ", "A moon is far. ", "River and sea are wide. ", "太阳很亮。"]
+TEXT = "".join(SENTENCES)
+PROMPTS = ["The sun", "A moon", "River", "太阳"]
 GREEDY = SamplingParams(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
 def trained(tokenizer, tmp_path_factory):
-    """Path of a pretrained model that knows TEXT by heart."""
+    """Path of a pretrained model that knows TEXT by heart, from the start of each sentence on."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 2, 4, 2, max_seq_len=160))
-    ids = torch.tensor([tokenizer.encode_document(TEXT)])
+    orders = [SENTENCES[i:] + SENTENCES[:i] for i in range(len(SENTENCES))]
+    ids = torch.tensor([tokenizer.encode("".join(order)) for order in orders])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         optimizer.zero_grad()
-        F.cross_entropy(model.logits(ids[:, :-1])[0], ids[0, 1:]).backward()
+        F.cross_entropy(model.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
     path = tmp_path_factory.mktemp("trained") / "pretrain_64.pth"
     save_model(path, model, "pretrain", tokenizer, [{"stage": "pretrain"}])
@@ -101,10 +103,11 @@ def test_every_command_rounds_its_model_once(name, monkeypatch, tmp_path, traine
 def test_int8_answers_are_those_of_the_rounded_model(dtype, trained):
     chat_model, plain = (open_chat_model(trained, "cpu", dtype, None, "int8") for _ in range(2))
     assert "int8 weights" in chat_model.summary()
-    prompts = [plain.tokenizer.encode_document(text)[:-1] for text in PROMPTS]
+    prompts = [plain.tokenizer.encode(text) for text in PROMPTS]
     with plain.autocast():
         expected = generate(plain.model, prompts, GREEDY, plain.tokenizer)
     assert [completion.ids for completion in chat_model.generate(prompts, GREEDY)] == [c.ids for c in expected]
+    assert expected[1].text.startswith(" is far. River and")
     assert chat_model.decoder.lm_head.integers.dtype == torch.int8
 
 
@@ -127,7 +130,7 @@ def test_all_answers_share_one_decoding_step(trained, made):
 def test_all_requests_share_one_decoding_step(trained, made):
     with run_server([str(trained)], quantize="int8") as server:
         texts = [text_of(server.post("completions", prompt=prompt, max_tokens=24, temperature=0)) for prompt in PROMPTS]
-        assert texts[0] == " is bright. The moon is "
+        assert texts[0] == " is bright. A moon is fa"
         (scheduler,) = server.service.schedulers.values()
         scheduler.fail()
         assert made == [scheduler.batch.decoder]
