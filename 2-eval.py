@@ -46,7 +46,7 @@ DESCRIPTION = f"{__doc__}\nThe fixed prompts:\n" + "\n".join(f"    {prompt}" for
 def open_chosen_model(config: EvalConfig) -> ChatModel:
     """Open the model of --checkpoint or --stage. Raises UserError if both are given and differ."""
     path = find_model(config.out_dir, config.checkpoint, config.stage)
-    chat_model = open_chat_model(path, config.device, config.dtype, config.rope)
+    chat_model = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
     if config.stage and config.stage != chat_model.stage:
         raise UserError(
             f"{path} is of stage {chat_model.stage}, not {config.stage}: leave out --stage or name another file"

@@ -28,7 +28,7 @@ from typing import Any
 from common import cli
 from common.cli import NameList, flag
 from common.errors import UserError, fail_in_one_line
-from common.flag_groups import DeviceFlags
+from common.flag_groups import InferenceFlags
 from common.flag_types import int_between, non_negative_int, path_string
 from evaluation import exam_report
 from evaluation.chat_model import find_model, open_chat_model
@@ -48,7 +48,7 @@ _PROMPTS: dict[str, Any] = {"group": "prompts"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExamConfig(DeviceFlags, RopeFlags):
+class ExamConfig(InferenceFlags, RopeFlags):
     """The exam, the model, and the prompts."""
 
     data: tuple[str, ...] = flag(
@@ -89,7 +89,7 @@ def exam_name(data: Sequence[str]) -> str:
 def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
     """Load the model, score all questions, print and write the result."""
     path = find_model(config.out_dir, config.checkpoint or config.model)
-    chat_model = open_chat_model(path, config.device, config.dtype, config.rope)
+    chat_model = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
     model, tokenizer = chat_model.model, chat_model.tokenizer
     is_chat = config.style == "chat" or (config.style == "auto" and chat_model.is_chat_model)
     prompt_config = PromptConfig(config.method, config.shots, config.shuffle_options, is_chat)
@@ -98,7 +98,7 @@ def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
         **{"model": str(path), "stage": chat_model.stage, "exam": exam_name(config.data), "split": exam.split},
         **{"method": config.method, "shots": config.shots, "orders": config.shuffle_options},
         **{"style": "chat" if is_chat else "plain", "device": str(chat_model.device)},
-        "dtype": str(chat_model.dtype).removeprefix("torch."),
+        "dtype": chat_model.number_format,
         "mean_examples": sum(prompt.num_shots for prompt in prompts) / len(prompts),
         "cut": sum(prompt.is_truncated for prompt in prompts),
         "options": [pick(len(item.options) for item in exam.items) for pick in (min, max)],

@@ -1,6 +1,8 @@
 """This project's generation as a program of decoding.py: ChatModel.generate and .stream, which all front ends use.
 
-    python -m benchmarks.decode_mengya FOLDER --dtype float32|bfloat16 --rows 1,16 --device cpu
+    python -m benchmarks.decode_mengya FOLDER --dtype float32|bfloat16|int8 --rows 1,16 --device cpu
+
+int8: int8 weights (--quantize int8); prompts in bf16.
 
 Read next: decoding.py (the numbers), ../evaluation/chat_model.py.
 """
@@ -24,10 +26,11 @@ class MengyaGenerator:
     """A model opened as by 2-eval.py and the server."""
 
     def __init__(self, config: DecodingConfig) -> None:
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device)
-        self.chat_model = open_chat_model(config.folder / "model.pth", device, dtype)
-        self.weight_bytes = count_parameters(self.chat_model.model.config).matmul * dtype.itemsize
+        device, is_int8 = pick_device(config.device), config.dtype == "int8"
+        dtype, quantize = pick_dtype("bfloat16" if is_int8 else config.dtype, device), "int8" if is_int8 else "none"
+        self.chat_model = open_chat_model(config.folder / "model.pth", device, dtype, quantize=quantize)
+        matrices = count_parameters(self.chat_model.model.config).matmul
+        self.weight_bytes = matrices * (1 if is_int8 else dtype.itemsize)
 
     def generate(self, prompts: list[Prompt], new_tokens: int) -> None:
         completions = self.chat_model.generate(prompts, SamplingParams(max_new_tokens=new_tokens))

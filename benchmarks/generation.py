@@ -35,6 +35,7 @@ from common.flag_types import non_negative_int, path_string, positive_int
 from model.config import PRESETS
 
 DTYPES = {"transformers": ("float32", "bfloat16"), "llama.cpp": ("f32", "q8_0")}
+OUR_DTYPES = ("float32", "bfloat16", "int8")
 PEER_MODULES = {"transformers": "transformers_generate", "llama.cpp": "llama_cpp_server"}
 MEMORY = "memory"  # the case that measures the limit
 
@@ -46,7 +47,7 @@ class GenerationConfig(Config):
     preset: str = flag("small", "model size", choices=tuple(PRESETS))
     rounds: int = flag(5, "rounds of every row", type=positive_int)
     dtypes: tuple[str, ...] = flag(
-        ("float32", "bfloat16"), "dtypes of this project's and transformers' weights", action=NameList
+        OUR_DTYPES, "dtypes of this project's and transformers' weights; int8: this project's only", action=NameList
     )
     rows: tuple[str, ...] = flag(("1", "16"), "numbers of sequences decoded together", action=NameList)
     peers: tuple[str, ...] = flag(
@@ -63,8 +64,8 @@ class GenerationConfig(Config):
             if name != "none" and name not in DTYPES:
                 raise UserError(f"--peers {name}: choose from none, {', '.join(DTYPES)}; another generator: --peer")
         for name in self.dtypes:
-            if name not in DTYPES["transformers"]:
-                raise UserError(f"--dtypes {name}: choose from {', '.join(DTYPES['transformers'])}")
+            if name not in OUR_DTYPES:
+                raise UserError(f"--dtypes {name}: choose from {', '.join(OUR_DTYPES)}")
         for text in self.peer:
             if not all(part.strip() for part in text.partition("=")):
                 raise UserError(f"--peer {text!r}: give NAME=COMMAND")
@@ -93,7 +94,7 @@ def make_cases(config: GenerationConfig, folder: Path) -> Iterator[Case]:
             yield Case(f"{peer}, {dtype}", [*command, *options], environment=environment)
     for text in config.peer:
         name, _, line = text.partition("=")
-        for dtype in config.dtypes if "{dtype}" in line else config.dtypes[:1]:
+        for dtype in config.peer_dtypes("transformers") if "{dtype}" in line else config.dtypes[:1]:
             values = {"folder": str(folder), "dtype": dtype, "rows": ",".join(config.rows), "threads": threads}
             words = shlex.split(line)
             for key, value in values.items():

@@ -16,3 +16,13 @@ class DeviceFlags(Config):
 
     device: str = flag("auto", "auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps", type=device_name, group="machine")
     dtype: str = flag("auto", "auto, float32, bfloat16, float16", choices=DTYPE_NAMES, group="machine")
+
+
+@dataclass(frozen=True)
+class InferenceFlags(DeviceFlags):
+    """Of commands that do not train."""
+
+    quantize: str = flag(
+        "none", "int8: round the weights to 8 bits after loading; a CPU decodes faster",
+        choices=("none", "int8"), group="machine",
+    )  # fmt: skip

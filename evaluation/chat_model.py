@@ -11,6 +11,7 @@ Read next: terminal_chat.py (a conversation), qa.py (questions with keys), repor
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from export.hf_import import open_model
 from model.chat_template import Message
 from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint
 from model.completion import Completion
+from model.decode import DecodeModel, round_to_int8
 from model.generate import chat_prompt, generate, stream
 from model.rope import rope_summary
 from model.rope_flags import RopeScaling
@@ -53,6 +55,17 @@ class ChatModel:
     device: torch.device
     dtype: torch.dtype
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    is_int8: bool = False  # the weights have the values of round_to_int8
+
+    @functools.cached_property
+    def decoder(self) -> DecodeModel:
+        """The decoding step of all answers. It may hold copies of the weights, which then must not change."""
+        return DecodeModel(self.model, self.dtype, self.is_int8)
+
+    @property
+    def number_format(self) -> str:
+        """The dtype of products, and that of the weights if they are rounded to int8."""
+        return str(self.dtype).removeprefix("torch.") + (", int8 weights" if self.is_int8 else "")
 
     @property
     def is_chat_model(self) -> bool:
@@ -69,7 +82,7 @@ class ChatModel:
         total, active = self.model.count_parameters()
         size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
         rope = f", RoPE {scaling}" if (scaling := rope_summary(self.model.config)) else ""
-        return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}{rope}"
+        return f"{self.path}: {self.stage}, {size}, {self.device}, {self.number_format}{rope}"
 
     def prompt_ids(self, messages: list[Message], max_new_tokens: int) -> list[int]:
         """The prompt tokens: the bare last text, or the chat with its latest turns that fit beside max_new_tokens."""
@@ -86,7 +99,7 @@ class ChatModel:
 
         Raises ValueError, at the call, for a prompt that is empty or too long.
         """
-        pieces = stream(self.model, prompt, settings, self.tokenizer, completion)
+        pieces = stream(self.model, prompt, settings, self.tokenizer, completion, self.decoder)
 
         def next_piece() -> str | None:
             with self.autocast():
@@ -97,7 +110,7 @@ class ChatModel:
     def generate(self, prompts: list[list[int]], settings: SamplingParams) -> list[Completion]:
         """The completions of one batch. Raises ValueError for a prompt that is empty or too long."""
         with self.autocast():
-            return generate(self.model, prompts, settings, self.tokenizer) if prompts else []
+            return generate(self.model, prompts, settings, self.tokenizer, self.decoder) if prompts else []
 
 
 def open_chat_model(
@@ -105,9 +118,11 @@ def open_chat_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     rope: RopeScaling | None = None,
+    quantize: str = "none",
 ) -> ChatModel:
     """Load a .pth file or a transformers folder. `rope`: (kind, factor) of --rope_scaling and --rope_factor.
 
+    quantize "int8": all its uses, prompts, scores and answers, have the weights that `round_to_int8` leaves.
     Raises UserError for a missing or damaged file, an unknown device, and a model that already has RoPE scaling.
     """
     device = pick_device(device) if isinstance(device, str) else device
@@ -115,6 +130,10 @@ def open_chat_model(
     model, tokenizer, checkpoint = open_model(path, device)
     if rope:
         model.scale_rope(*rope)
+    if quantize == "int8":
+        round_to_int8(model)
     name = Path(path).resolve().name.removesuffix(".pth")
     lineage = checkpoint.get("lineage", [])
-    return ChatModel(name, Path(path), model, tokenizer, checkpoint["stage"], device, dtype, lineage)
+    return ChatModel(
+        name, Path(path), model, tokenizer, checkpoint["stage"], device, dtype, lineage, is_int8=quantize == "int8"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.cli import flag
 from common.errors import UserError
-from common.flag_groups import DeviceFlags
+from common.flag_groups import InferenceFlags
 from common.flag_types import non_empty_text, non_negative_int, path_string, positive_int
 from model.rope_flags import RopeFlags
 from model.sampling_presets import SamplingFlags
@@ -20,7 +20,7 @@ _REPORT: dict[str, Any] = {"group": "comparison of several models"}
 
 
 @dataclass(frozen=True)
-class EvalConfig(DeviceFlags, SamplingFlags, RopeFlags):
+class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
     """Chat with a model, questions with keys, or a comparison of several models."""
 
     stage: str = flag("", "pretrain, full_sft, …: that stage's model (default: the latest)", **_MODEL)

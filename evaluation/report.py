@@ -79,7 +79,7 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
         if isinstance(path, str):
             measured = measure_remote_model(remote_models[label], report)
         else:
-            chat_model = open_chat_model(path, config.device, config.dtype, config.rope)
+            chat_model = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
             print(chat_model.summary(), flush=True)
             measured = measure_model(chat_model, settings, report, texts, chats)
             del chat_model  # free its memory before the next model is loaded
@@ -171,7 +171,7 @@ def measure_model(
     total, active = model.count_parameters()
     result: ReportData = {
         **{"path": str(chat_model.path), "stage": chat_model.stage, "parameters": total, "active": active},
-        **{"device": str(chat_model.device), "dtype": str(chat_model.dtype).removeprefix("torch.")},
+        **{"device": str(chat_model.device), "dtype": chat_model.number_format},
         **{"context": model.config.max_seq_len, "lineage": chat_model.lineage},
     }
     with timed("answers"):

@@ -1,16 +1,19 @@
 """The decoding step: the last token of each row in, the logits of its next token out.
 
-    decoder = DecodeModel(model, dtype)           weights in `dtype`, or int8=True: the values of round_to_int8
+    decoder = DecodeModel(model, dtype)                                      weights in `dtype`
+    round_to_int8(model); decoder = DecodeModel(model, dtype, int8=True)     int8 weights, products in bf16
     logits = decoder.step(ids, lengths, cache)    row i holds lengths[i] tokens and appends ids[i]
 
 The same function as `Transformer.forward` for one new token per row, to rounding, in fewer operations. In the dtype of
 the model it uses the model's own matrices; in another dtype it holds copies, which do not follow later changes of the
-model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel.
+model. Weight-only int8: w[o, i] = scale[o] * q[o, i] with integers |q| <= 127, one scale per output channel. The model
+keeps the same values, so that prompts and scores are computed with the weights that decode.
 With `backend` the step is one compiled graph for each number of rows (a power of two) and capacity of the cache.
 Called by generate.py. Read next: transformer.py (the oracle of tests/model/test_decode.py).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +22,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.device import has_fast_bf16
+from common.errors import require
 from model.lora import LoRALinear
 from model.transformer import Attention, KVCache, Transformer
 
-SLOW_ROWS = 8  # from this many rows on, 16-bit products are slower than fp32 ones on a CPU without native bf16
 KERNEL_MULTIPLE = 32  # torch's int8 kernel reads outside of the matrix if in_features is not a multiple of it
+# Private functions of torch, which its compiler calls: oneDNN's product with a matrix that was packed before.
+HAS_PACKED_BF16 = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 MakeProduct = Callable[[Sequence[nn.Module]], nn.Module]  # linear layers of one input -> a module that joins them
+
+
+def max_fast_rows(device: torch.device, dtype: torch.dtype, int8: bool) -> float:
+    """The number of rows up to which products with 8- or 16-bit weights are faster than those in fp32.
+
+    Measured with a model of 27 M parameters, on one thread, with oneDNN limited to the instructions of older CPUs.
+    """
+    if device.type != "cpu" or (dtype == torch.bfloat16 and not int8 and has_fast_bf16(device)):
+        return math.inf
+    if int8:
+        return 16
+    if dtype != torch.bfloat16:
+        return 0
+    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return 16 if has_instructions else 1 if HAS_PACKED_BF16 else 0
 
 
 class SharedProduct(nn.Module):
@@ -49,16 +69,24 @@ def joined_weight(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 
 class CopiedProduct(nn.Module):
-    """The same with one matrix in another dtype."""
+    """The same with one matrix in another dtype. F.linear packs a matrix in bf16 for oneDNN again at each call."""
 
     def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
         super().__init__()
         weight, bias = joined_weight(linears)
-        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        weight = weight.detach().to(dtype)
+        self.is_packed = HAS_PACKED_BF16 and dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if self.is_packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        if not self.is_packed:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return out if self.bias is None else out + self.bias
 
 
 def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,29 +100,31 @@ def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Product(nn.Module):
-    """The same with an int8 matrix and x in `dtype`; torch's CPU kernel takes x in bf16."""
+    """The same with an int8 matrix, in torch's CPU kernel, which is fast for x in bf16 only."""
 
-    def __init__(self, linears: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
         super().__init__()
         weight, self.bias = joined_weight(linears)
-        integers, scale = int8_weight(weight)
-        self.integers, self.scale = (nn.Parameter(value, requires_grad=False) for value in (integers, scale))
-        multiple = weight.shape[1] % KERNEL_MULTIPLE == 0
-        self.has_kernel = weight.device.type == "cpu" and multiple and hasattr(torch, "_weight_int8pack_mm")
-        self.dtype = torch.bfloat16 if self.has_kernel else dtype
+        self.integers, self.scale = (nn.Parameter(value, requires_grad=False) for value in int8_weight(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if self.has_kernel:
-            out: Tensor = torch._weight_int8pack_mm(x, self.integers, self.scale)
-        else:
-            out = F.linear(x, self.integers.to(x.dtype)) * self.scale
+        out: Tensor = torch._weight_int8pack_mm(x.bfloat16(), self.integers, self.scale)
         return out if self.bias is None else out + self.bias
+
+
+def make_product(linears: Sequence[Any], dtype: torch.dtype, int8: bool) -> nn.Module:
+    """The product of linear layers of one input. `int8`: with int8 weights where torch has a kernel for them."""
+    weight = linears[0].weight
+    is_multiple = weight.shape[1] % KERNEL_MULTIPLE == 0
+    if int8 and weight.device.type == "cpu" and is_multiple and hasattr(torch, "_weight_int8pack_mm"):
+        return Int8Product(linears)
+    return (SharedProduct if dtype == weight.dtype else CopiedProduct)(linears, dtype)
 
 
 @torch.no_grad()
 def round_to_int8(model: Transformer) -> None:
-    """Round every matrix but the routers to the values of int8 weights, in place: what is measured is what decodes."""
+    """Round every matrix but the routers to the values of int8 weights, in place. Raises UserError with an adapter."""
+    require(not model.adapter, "int8 weights: merge the adapter first, because W and W + BA round differently")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith(".mlp.gate"):
             integers, scale = int8_weight(module.weight)
@@ -184,20 +214,21 @@ class DecodeModel(nn.Module):
     turn: Tensor  # (head_dim, head_dim): x @ turn exchanges the halves of x and negates the first result
 
     def __init__(self, model: Transformer, dtype: torch.dtype, int8: bool = False, backend: str | None = None) -> None:
-        """dtype: of the products. backend: of torch.compile, with one graph; None: not compiled."""
+        """dtype: of the products. int8: the model has the values of round_to_int8. backend: of torch.compile, with one
+        graph; None: not compiled."""
         super().__init__()
         weight, self.model = model.lm_head.weight, model
         self.device = weight.device
-        kind = Int8Product if int8 else SharedProduct if dtype == weight.dtype else CopiedProduct
-        product = functools.partial(kind, dtype=dtype)
+        self.max_rows = max_fast_rows(self.device, dtype, int8)
+        dtype = dtype if self.max_rows else weight.dtype
+        product = functools.partial(make_product, dtype=dtype, int8=int8)
         self.layers = nn.ModuleList(DecodeLayer(layer, product) for layer in model.model.layers)
         self.lm_head = product([model.lm_head])
         half = torch.eye(model.config.head_dim, device=self.device).chunk(2)
         self.register_buffer("turn", torch.cat((half[1], -half[0])), persistent=False)
         self.register_buffer("identity", torch.cat(half), persistent=False)
-        self.plain: DecodeModel | None = None  # the fp32 form, without copies, for many rows
-        is_slow = self.device.type == "cpu" and dtype != weight.dtype and not has_fast_bf16(self.device)
-        if is_slow and not int8:
+        self.plain: DecodeModel | None = None  # the form in the model's dtype, without copies, for more than max_rows
+        if self.max_rows < math.inf and (int8 or dtype != weight.dtype):
             self.plain = DecodeModel(model, weight.dtype)
         self.compiled: Callable[..., Tensor] | None = None
         if backend:
@@ -209,7 +240,7 @@ class DecodeModel(nn.Module):
 
         Row i already holds lengths[i] tokens, less than the cache's capacity.
         """
-        if self.plain and len(ids) >= SLOW_ROWS:
+        if self.plain and len(ids) > self.max_rows:
             return self.plain.step(ids, lengths, cache)
         with torch.autocast(self.device.type, enabled=False):
             if self.compiled:

@@ -177,7 +177,7 @@ class DecodeBatch:
 
 
 def _decode_all(
-    model: Transformer, tokenizer: ChatTokenizer, seqs: list[Sequence]
+    model: Transformer, tokenizer: ChatTokenizer, seqs: list[Sequence], decoder: DecodeModel | None
 ) -> Iterator[list[tuple[Sequence, str]]]:
     """Run all sequences to their end; each step yields the new text of every running sequence."""
     seqs = [seq for seq in seqs if seq.tokens_left or seq.settings.prompt_logprobs is not None]
@@ -185,7 +185,7 @@ def _decode_all(
         return
     was_training = model.training
     model.eval()
-    batch = DecodeBatch(model, tokenizer)
+    batch = DecodeBatch(model, tokenizer, decoder)
     try:
         yield batch.prefill(seqs)
         while batch.sequences:
@@ -195,15 +195,20 @@ def _decode_all(
 
 
 def generate(
-    model: Transformer, prompts: list[list[int]], settings: SamplingParams, tokenizer: ChatTokenizer
+    model: Transformer,
+    prompts: list[list[int]],
+    settings: SamplingParams,
+    tokenizer: ChatTokenizer,
+    decoder: DecodeModel | None = None,
 ) -> list[Completion]:
     """One completion per prompt (token ids), in one batch. Restores the model's training mode.
 
+    `decoder`: as in DecodeBatch; a caller with several batches and constant weights passes the same one.
     An autocast context around the call sets the dtype. Prompt and completion together have at most max_seq_len tokens;
     then finish_reason is "length". Raises ValueError for a prompt that is empty or longer than max_seq_len.
     """
     seqs = [Sequence(model, tokenizer, prompt, settings, Completion(), i) for i, prompt in enumerate(prompts)]
-    for _ in _decode_all(model, tokenizer, seqs):
+    for _ in _decode_all(model, tokenizer, seqs, decoder):
         pass
     return [seq.completion for seq in seqs]
 
@@ -214,6 +219,7 @@ def stream(
     settings: SamplingParams,
     tokenizer: ChatTokenizer,
     completion: Completion | None = None,
+    decoder: DecodeModel | None = None,
 ) -> Iterator[str]:
     """Yields the text of one completion incrementally, in complete characters, and fills `completion`.
 
@@ -221,7 +227,12 @@ def stream(
     Raises ValueError, at the call and not at the first piece, for a prompt that is empty or too long.
     """
     seq = Sequence(model, tokenizer, prompt, settings, completion if completion is not None else Completion())
-    return (piece for pieces in _decode_all(model, tokenizer, [seq]) for seq, piece in pieces if piece or seq.search)
+    return (
+        piece
+        for pieces in _decode_all(model, tokenizer, [seq], decoder)
+        for seq, piece in pieces
+        if piece or seq.search
+    )
 
 
 def fit_chat(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,16 +167,26 @@ class Penalties:
         self.ngrams = [self.ngrams[parent].fork() for parent in parents] if self.ngrams else []
 
 
+def top_p_mask(logits: Tensor, top_p: float) -> Tensor:
+    """True for the smallest set of most likely tokens with total probability >= top_p. logits, result: (batch, vocab).
+
+    Of equal logits at the limit, those of lower ids are kept.
+    """
+    # Only the values are sorted: numpy sorts them with SIMD instructions, ten times as fast as torch.sort on a CPU.
+    on_cpu = logits.device.type == "cpu"
+    ordered = torch.from_numpy(np.sort(logits.numpy())).flip(-1) if on_cpu else logits.sort(descending=True).values
+    count = 1 + (ordered.softmax(-1).cumsum(-1)[:, :-1] < top_p).sum(-1, keepdim=True)  # kept tokens of each row
+    limit = ordered.gather(-1, count - 1)
+    above, tied = logits > limit, logits == limit
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True)))
+
+
 def filter_logits(logits: Tensor, settings: SamplingParams) -> Tensor:
     """Set logits (batch, vocab) to -inf where top-k, top-p or min-p exclude a token; the most likely one remains."""
     if 0 < settings.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], -math.inf)
     if settings.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        mass_before = probabilities.cumsum(-1) - probabilities
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= settings.top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        logits = logits.masked_fill(~top_p_mask(logits, settings.top_p), -math.inf)
     if settings.min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(settings.min_p), -math.inf)
     return logits

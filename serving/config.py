@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.cli import Config, NameList, flag
 from common.errors import UserError
-from common.flag_groups import DeviceFlags
+from common.flag_groups import InferenceFlags
 from common.flag_types import (
     DTYPE_NAMES,
     int_at_least,
@@ -30,7 +30,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the 
 
 
 @dataclass(frozen=True)
-class ServeConfig(RopeFlags, DeviceFlags, Config):
+class ServeConfig(RopeFlags, InferenceFlags, Config):
     """One server. `max_num_seqs` and `max_queue` count per model."""
 
     checkpoint: tuple[str, ...] = flag(
@@ -140,7 +140,7 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
 
 
 @dataclass(frozen=True)
-class PageConfig(RopeFlags, DeviceFlags, Config):
+class PageConfig(RopeFlags, InferenceFlags, Config):
     """The chat page."""
 
     out_dir: str = flag(

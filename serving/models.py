@@ -80,10 +80,8 @@ class ServedModel(ChatModel):
         """Name, stage, size, context, device and dtype; a second line for a sampling preset."""
         size = self.model.count_parameters()[0] / 1e6
         rope = f", RoPE {scaled}" if (scaled := rope_summary(self.model.config)) else ""
-        where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
-        line = (
-            f"{self.name}: {self.stage}, {size:.1f} M parameters, {self.max_model_len} tokens of context{rope}, {where}"
-        )
+        context = f"{self.max_model_len} tokens of context{rope}"
+        line = f"{self.name}: {self.stage}, {size:.1f} M parameters, {context}, {self.device}, {self.number_format}"
         preset = f"\n    default sampling of chats: {format_settings(self.preset)}" if self.preset else ""
         return line + preset
 
@@ -185,7 +183,7 @@ def open_models(config: ServeConfig) -> dict[str, ServedModel]:
         name = name if file and name else path.resolve().name.removesuffix(".pth")
         if name in models:
             raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
-        opened = open_chat_model(path, config.device, config.dtype, config.rope)
+        opened = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
         limit = min(opened.model.config.max_seq_len, config.max_context)
         opened.model.config = dataclasses.replace(opened.model.config, max_seq_len=limit)
         created = int(path.stat().st_mtime) if path.exists() else int(time.time())

@@ -46,7 +46,7 @@ MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists a
 @st.cache_resource(max_entries=4, show_spinner=False)
 def open_page_model(path: Path, name: str, version: tuple[int, int], config: PageConfig) -> ChatModel:
     """Load a model; cached for all sessions of the page. A new `version` of the file is loaded again."""
-    chat_model = open_chat_model(path, config.device, config.dtype, config.rope)
+    chat_model = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
     return dataclasses.replace(chat_model, name=name)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model.completion import Sequence
+from model.decode import DecodeModel
 from model.generate import DecodeBatch
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
@@ -89,8 +90,15 @@ class Scheduler:
     One thread calls `step`, `step_job` and `fail`. `add`, `status` and `abort` may be called from any thread meanwhile.
     """
 
-    def __init__(self, model: Transformer, tokenizer: ChatTokenizer, max_num_seqs: int, max_queue: int) -> None:
-        self.batch = DecodeBatch(model, tokenizer)
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: ChatTokenizer,
+        max_num_seqs: int,
+        max_queue: int,
+        decoder: DecodeModel | None = None,
+    ) -> None:
+        self.batch = DecodeBatch(model, tokenizer, decoder)
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.running: dict[Sequence, Request] = {}
         self.waiting: deque[Request] = deque()
@@ -179,7 +187,7 @@ class Scheduler:
                 failed += [*self.waiting, *self.jobs]
                 self.waiting.clear()
                 self.jobs.clear()
-        self.batch = DecodeBatch(self.batch.model, self.batch.tokenizer)
+        self.batch = DecodeBatch(self.batch.model, self.batch.tokenizer, self.batch.decoder)
         return [TokenEvent(item, "", "error") for item in failed]
 
     def _admit(self) -> list[Request]:

@@ -45,7 +45,7 @@ class CompletionService:
     def __init__(self, models: dict[str, ServedModel], config: ServeConfig) -> None:
         self.models, self.strict_model_names = models, config.strict_model_names
         self.schedulers = {
-            name: Scheduler(served.model, served.tokenizer, config.max_num_seqs, config.max_queue)
+            name: Scheduler(served.model, served.tokenizer, config.max_num_seqs, config.max_queue, served.decoder)
             for name, served in models.items()
         }
         self.loop: asyncio.AbstractEventLoop | None = None

@@ -55,15 +55,17 @@ def test_busy_loops_end_with_the_block():
         pass
 
 
-@pytest.mark.parametrize("generator", [MengyaGenerator, TransformersGenerator])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_generator_writes_exactly_the_requested_tokens(generator, dtype, folder):
+@pytest.mark.parametrize(("generator", "dtype", "size"), [
+    (MengyaGenerator, "float32", 4), (MengyaGenerator, "bfloat16", 2), (MengyaGenerator, "int8", 1),
+    (TransformersGenerator, "float32", 4), (TransformersGenerator, "bfloat16", 2),
+])  # fmt: skip
+def test_a_generator_writes_exactly_the_requested_tokens(generator, dtype, size, folder):
     """Each of them fails by an assertion if a row ends early."""
     made = generator(DecodingConfig(folder, dtype=dtype))
     made.generate([[500 + i for i in range(20)], [600 + i for i in range(20)]], 12)
     times = made.token_times([700 + i for i in range(20)], 12)
     assert len(times) == 12 and times == sorted(times)
-    assert made.weight_bytes == 4589824 * (4 if dtype == "float32" else 2) - 256 * 9 * (4 if dtype == "float32" else 2)
+    assert made.weight_bytes == (4589824 - 256 * 9) * size
 
 
 def test_memory_reads_are_measured():
@@ -107,7 +109,7 @@ def test_cases_are_one_per_dtype_with_the_peers_first(tmp_path, monkeypatch):
     cases = {case.name: case for case in make_cases(config, tmp_path)}
     assert [*cases] == [
         *("memory", "transformers, float32", "transformers, bfloat16", "llama.cpp, f32", "llama.cpp, q8_0"),
-        *("x, float32", "x, bfloat16", "Mengya, float32", "Mengya, bfloat16"),
+        *("x, float32", "x, bfloat16", "Mengya, float32", "Mengya, bfloat16", "Mengya, int8"),
     ]
     assert cases["llama.cpp, q8_0"].command[0] == "python-of-llama.cpp"
     assert cases["x, bfloat16"].command == ["run", str(tmp_path), "bfloat16", "1,4"]

@@ -6,18 +6,19 @@ step is one graph for all lengths.
 """
 
 import copy
+import math
 
 import pytest
 import torch
 
 import model.decode
 from common.device import autocast
-from model.decode import DecodeModel, int8_weight, round_to_int8
+from model.decode import DecodeModel, Int8Product, SharedProduct, int8_weight, round_to_int8
 from model.generate import generate
 from model.lora import LoRAConfig, attach
 from model.sampling import SamplingParams
 from model.transformer import KVCache
-from tests.helpers import tiny_model
+from tests.helpers import one_line_error, tiny_model
 
 CPU = torch.device("cpu")
 TRAINED = {"original_max_position_embeddings": 8, "factor": 4.0}
@@ -80,6 +81,34 @@ def test_a_step_in_16_bits_equals_autocast(dtype, variant, lengths):
     """Within the rounding of the dtype, with 16-bit copies and (for many rows on some CPUs) in fp32."""
     model = tiny_model(**VARIANTS[variant])
     compare(model, DecodeModel(model, dtype), lengths, tolerance=40 * torch.finfo(dtype).eps, dtype=dtype)
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "plain"])
+def test_bf16_weights_equal_autocast_with_and_without_packing(is_packed, monkeypatch):
+    monkeypatch.setattr(model.decode, "HAS_PACKED_BF16", is_packed and model.decode.HAS_PACKED_BF16)
+    monkeypatch.setattr(model.decode, "max_fast_rows", lambda *_: math.inf)
+    decoder = DecodeModel(decoded := tiny_model(qkv_bias=True), torch.bfloat16)
+    assert decoder.lm_head.is_packed == model.decode.HAS_PACKED_BF16
+    compare(decoded, decoder, [3, 9, 5], tolerance=40 * torch.finfo(torch.bfloat16).eps, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("native", "instructions", "packed", "rows"), [
+    (True, True, True, math.inf), (False, True, True, 16), (False, False, True, 1), (False, False, False, 0),
+])  # fmt: skip
+def test_bf16_is_used_for_the_rows_for_which_it_is_fast(native, instructions, packed, rows, monkeypatch):
+    monkeypatch.setattr(model.decode, "has_fast_bf16", lambda _: native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions, raising=False)
+    monkeypatch.setattr(model.decode, "HAS_PACKED_BF16", packed and model.decode.HAS_PACKED_BF16)
+    decoder = DecodeModel(tiny_model(), torch.bfloat16)
+    used = {}
+    for count in (1, 2, 16, 17):
+        for name, form in (("bf16", decoder), ("fp32", decoder.plain)):
+            if form:
+                monkeypatch.setattr(form, "forward", lambda ids, _, name=name: used.setdefault(len(ids), name))
+        decoder.step([5] * count, [0] * count, KVCache(tiny_model().config, count, 4, CPU, torch.bfloat16))
+    has_copies = not isinstance(decoder.lm_head, SharedProduct)
+    assert [used[count] == "bf16" and has_copies for count in used] == [count <= rows for count in used]
+    assert has_copies == (rows > 0)
 
 
 def test_a_model_in_bf16_decodes():
@@ -146,8 +175,15 @@ def test_int8_decodes_the_rounded_model(variant, with_kernel, monkeypatch):
         assert torch.equal(rounded.model.layers[0].mlp.gate.weight, exact.model.layers[0].mlp.gate.weight)
     assert not torch.equal(rounded.lm_head.weight, exact.lm_head.weight)
     decoder = DecodeModel(rounded, torch.float32, int8=True)
-    assert decoder.lm_head.has_kernel == with_kernel
+    assert isinstance(decoder.lm_head, Int8Product) == with_kernel
     compare(rounded, decoder, [3, 9, 5], tolerance=0.1 if with_kernel else 1e-5)
+
+
+def test_an_adapter_is_merged_before_rounding():
+    model = tiny_model()
+    attach(model, LoRAConfig(rank=2))
+    with one_line_error("merge the adapter first"):
+        round_to_int8(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- compiled

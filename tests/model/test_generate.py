@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from model.completion import Completion
 from model.detokenizer import IncrementalDetokenizer
 from model.generate import fit_chat, generate, stream
-from model.sampling import SamplingParams, apply_repetition_penalty, filter_logits, sample
+from model.sampling import SamplingParams, apply_repetition_penalty, filter_logits, sample, top_p_mask
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from tests.helpers import tiny_model
 
@@ -152,6 +152,36 @@ def test_filters_apply_to_each_row():
     for changes in ({"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.3}):
         one, other = filter_logits(rows, SamplingParams(**changes)).isfinite()
         assert one.flip(-1).tolist() == other.tolist() and one.sum() == 2
+
+
+def top_p_of_sorted_pairs(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The plain form: sort the tokens with their ids, keep those before which the probability mass is below top_p."""
+    ordered, ids = logits.sort(descending=True, stable=True)
+    mass_before = torch.cat((torch.zeros(len(logits), 1), ordered.softmax(-1).cumsum(-1)[:, :-1]), -1)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, mass_before < top_p)
+
+
+# Few values: many ties.
+FEW_LOGITS = st.sampled_from([-math.inf, -2.0, -0.0, 0.0, 1e-7, 1.0, 1.0000001, 3.5, 1e30])
+TEMPERATURES = st.sampled_from([1e-6, 0.1, 1.0, 100.0])
+
+
+@given(st.data(), st.integers(1, 40), TEMPERATURES, st.floats(0, 1, width=32, exclude_min=True, exclude_max=True))
+@settings(deadline=None)
+def test_top_p_keeps_the_tokens_of_the_plain_form(data, vocab, temperature, top_p):
+    values = st.lists(FEW_LOGITS | st.floats(-20, 20, width=32), min_size=vocab, max_size=vocab)
+    logits = torch.tensor(data.draw(st.lists(values, min_size=1, max_size=4)))
+    logits[:, 0].clamp_(min=-5)  # a row has at least one token
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    assert torch.equal(top_p_mask(logits, top_p), top_p_of_sorted_pairs(logits, top_p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_top_p_of_a_large_vocabulary_keeps_the_tokens_of_the_plain_form(dtype):
+    """In bf16 there are few different values; in fp32 no two are equal."""
+    logits = (torch.randn(16, 6400) * torch.linspace(0, 6, 16)[:, None]).to(dtype).float()
+    for top_p in (1e-6, 0.5, 0.9, 0.9999999):
+        assert torch.equal(top_p_mask(logits, top_p), top_p_of_sorted_pairs(logits, top_p))
 
 
 def test_samples_follow_the_probabilities():

@@ -69,7 +69,7 @@ def test_history_makes_prompts_one_conversation(out, monkeypatch, tmp_path):
 
     model_inputs = []
 
-    def stream(model, ids, settings, tokenizer, answer):
+    def stream(model, ids, settings, tokenizer, answer, decoder):
         model_inputs.append(tokenizer.decode(ids))
         answer.text = "ok"
         yield "ok"

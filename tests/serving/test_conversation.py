@@ -36,9 +36,9 @@ def prompts(monkeypatch):
     """The prompts of the models, as text."""
     recorded, real = [], chat_model.stream
 
-    def spy(model, ids, settings, tokenizer, answer):
+    def spy(model, ids, settings, tokenizer, *more):
         recorded.append(tokenizer.decode(ids))
-        return real(model, ids, settings, tokenizer, answer)
+        return real(model, ids, settings, tokenizer, *more)
 
     monkeypatch.setattr(chat_model, "stream", spy)
     return recorded
