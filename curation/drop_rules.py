@@ -155,7 +155,9 @@ def stop_words(document: DocumentView) -> str:
     """English text with fewer than two of: the, be, to, of, and, that, have, with (Gopher)."""
     if document.language == "zh":
         return ""
-    found = STOP_WORDS.intersection(document.lowercase.split())
+    found = STOP_WORDS.intersection(map(str.lower, document.words[:200]))  # most texts have two of them here
+    if len(found) < 2:
+        found = STOP_WORDS.intersection(document.lowercase.split())
     return f"{len(found)} of 8 stop words" if len(found) < 2 else ""
 
 
@@ -166,12 +168,17 @@ _PARAGRAPHS = re.compile(r"\n{2,}")
 _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
+def _split_paragraphs(text: str) -> list[str]:
+    """Split at runs of two or more line feeds; [] for a text without one."""
+    return _PARAGRAPHS.split(text) if "\n\n\n" in text else text.split("\n\n") if "\n\n" in text else []
+
+
 def repeated_lines(document: DocumentView) -> str:
     """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
     if "\n" not in document.text:
         return ""
     for name, pieces in (
-        ("paragraphs", _PARAGRAPHS.split(document.text.strip()) if "\n\n" in document.text else []),
+        ("paragraphs", _split_paragraphs(document.text.strip())),
         ("lines", [*[""] * document.text.startswith("\n"), *document.lines, *[""] * document.text.endswith("\n")]),
     ):
         if len(set(pieces)) == len(pieces):

@@ -97,20 +97,23 @@ _BBCODE = re.compile(
 )
 # A link to a named page; not an index (x[[1]]) and not a matrix ([[1, 2]]).
 _WIKI_LINK = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
-_MARKUP_HINT = re.compile(r"[<\[]|&[#a-zA-Z]")
 
 
 def markup(text: str) -> str:
     """Replace HTML, markdown links and images, BBCode and wiki links by their visible text, outside ``` fences."""
-    if not _MARKUP_HINT.search(text):
+    if not ("<" in text or "[" in text or "&" in text):
         return text
     parts = text.split("```")
     for i in range(0, len(parts), 2):
         part = parts[i]
-        if "<" in part:
+        if "<" in part and ">" in part:
             part = _TAG.sub("", _BREAK.sub("\n", _remove_hidden_elements(part)))
-        if "[" in part:
-            part = _WIKI_LINK.sub(r"\1", _BBCODE.sub(r"\2", _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))))
+        if "](" in part:
+            part = _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))
+        if "[/" in part:
+            part = _BBCODE.sub(r"\2", part)
+        if "[[" in part:
+            part = _WIKI_LINK.sub(r"\1", part)
         if "&" in part:
             part = _ENTITY.sub(lambda match: html.unescape(match.group()), part)
         parts[i] = part
@@ -204,7 +207,7 @@ _PHONE = re.compile(
     r")(?![\d.]?\d|-\d)"
 )
 _CHECK_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_DIGITS_HINT = re.compile(r"\d[\d .()-]{5}")
+_TEN_DIGITS = re.compile(r"\d(?:[ .()-]{0,2}\d){9}")  # the shortest phone number
 _ACCOUNT_HINTS = ("微信", "薇信", "qq", "wechat")  # in lowercase
 
 
@@ -214,9 +217,9 @@ def personal(text: str) -> str:
     An identity card number must have a date of birth and the right check digit (GB 11643-1999); most other long
     numbers are kept. Names and postal addresses are not masked.
     """
-    lowercase, has_digits = text.lower(), _DIGITS_HINT.search(text)
+    lowercase = text.lower()
     text = _EMAIL.sub("[EMAIL]", text) if "@" in text else text
-    if has_digits:
+    if _TEN_DIGITS.search(text):
         text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
         text = _PHONE.sub("[PHONE]", text)
     return _ACCOUNT.sub(r"\1[ACCOUNT]", text) if any(hint in lowercase for hint in _ACCOUNT_HINTS) else text
