@@ -115,6 +115,8 @@ def few_letters(document: DocumentView) -> str:
     if document.language == "zh":
         fraction = count_chinese(document.without_spaces) / max(len(document.without_spaces), 1)
         return f"{fraction:.0%} of the characters are Chinese" if fraction < 0.3 else ""
+    if document.arrays and document.arrays.initial_letters() >= 0.81 * len(document.arrays.word_starts):
+        return ""
     without_letter = sum(1 for word in document.words if not word[0].isalpha() and _NO_LETTER.fullmatch(word))
     fraction = 1 - without_letter / max(len(document.words), 1)
     return f"{fraction:.0%} of the words have a letter" if fraction < 0.8 else ""
@@ -125,7 +127,10 @@ def word_length(document: DocumentView) -> str:
     """The mean length of English words is below 3 or above 10 characters (Gopher)."""
     if document.language == "zh":
         return ""
-    mean = sum(map(len, document.words)) / max(len(document.words), 1)
+    if document.arrays:
+        mean = document.arrays.num_visible / max(len(document.arrays.word_starts), 1)
+    else:
+        mean = sum(map(len, document.words)) / max(len(document.words), 1)
     return f"mean word length {mean:.1f}" if not 3 <= mean <= 10 else ""
 
 
@@ -155,7 +160,7 @@ def stop_words(document: DocumentView) -> str:
     """English text with fewer than two of: the, be, to, of, and, that, have, with (Gopher)."""
     if document.language == "zh":
         return ""
-    found = STOP_WORDS.intersection(map(str.lower, document.words[:200]))  # most texts have two of them here
+    found = STOP_WORDS.intersection(document.text[:500].lower().split()[:-1])  # most texts have two of them here
     if len(found) < 2:
         found = STOP_WORDS.intersection(document.lowercase.split())
     return f"{len(found)} of 8 stop words" if len(found) < 2 else ""
@@ -164,6 +169,7 @@ def stop_words(document: DocumentView) -> str:
 # ---- repetition ------------------------------------------------------------------------------------------------------
 TOP_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))
 REPEATED_NGRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
+REPEATED_NGRAMS_BOUND = (5, 0.10)  # longer n-grams repeat less than the 5-grams, and 0.10 is the lowest limit
 _PARAGRAPHS = re.compile(r"\n{2,}")
 _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -200,9 +206,9 @@ def repeated_ngrams(document: DocumentView) -> str:
             return ""
         fraction = _repeated_ngram_fraction(document.without_spaces, 13)
         return f"{fraction:.0%} of the 13-character n-grams are repeated" if fraction > 0.5 else ""
-    words = _WORD_OR_SIGN.findall(document.text)
-    if not _may_repeat_words(words, len(document.text)):
+    if document.arrays and not document.arrays.may_repeat(TOP_NGRAMS, *REPEATED_NGRAMS_BOUND):
         return ""
+    words = _WORD_OR_SIGN.findall(document.text)
     for n, max_fraction in TOP_NGRAMS:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
         most_frequent = max(counts, key=counts.__getitem__, default=())
@@ -227,29 +233,6 @@ def _may_repeat_characters(text: str, n: int) -> bool:
     data = text.encode("utf-16-le", "surrogatepass")
     grams = np.sort(np.ndarray(max(len(data) // 2 - 3, 0), "<u8", data, strides=(2,)))
     return 4 * int(np.count_nonzero(grams[1:] == grams[:-1])) > len(text) - n + 1
-
-
-def _may_repeat_words(words: list[str], characters: int) -> bool:
-    """False if no n-gram of the words is above the limits of `repeated_ngrams`.
-
-    Equal hashes of different n-grams raise the counts, so they never hide a repeat.
-    """
-    if len(words) < REPEATED_NGRAMS[0][0]:
-        return True
-    hashes = np.fromiter(map(hash, words), np.int64, len(words))
-    longest, count = max(map(len, words)), len(words)  # bounds: of a word; of the occurrences of one n-gram
-    for n, max_fraction in (*TOP_NGRAMS, REPEATED_NGRAMS[0]):
-        hashes = hashes[:-1] * np.int64(0x7F4A7C15) + hashes[1:]
-        if n < REPEATED_NGRAMS[0][0] and count * (n * longest + n - 1) <= max_fraction * characters:
-            continue
-        grams = np.sort(hashes)
-        first_of_run = np.flatnonzero(np.append(True, grams[1:] != grams[:-1]))
-        if n == REPEATED_NGRAMS[0][0]:
-            return (len(grams) - len(first_of_run)) * n * longest > REPEATED_NGRAMS[-1][1] * characters
-        count = int(np.diff(first_of_run, append=len(grams)).max())
-        if count > 1 and count * (n * longest + n - 1) > max_fraction * characters:
-            return True
-    return False
 
 
 def _repeated_ngram_fraction(text: str, n: int) -> float:

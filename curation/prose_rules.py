@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from corpus.language import detect_language
+from curation.word_arrays import WordArrays
 
 
 def _phrases_by_name() -> dict[str, tuple[str, ...]]:
@@ -123,6 +124,12 @@ class DocumentView:
         return self.text.split()
 
     @cached_property
+    def arrays(self) -> WordArrays | None:
+        """The words as arrays; None if the text has a character that they count as two."""
+        arrays = WordArrays(self.text)
+        return arrays if arrays.length == len(self.text) else None
+
+    @cached_property
     def lines(self) -> list[str]:
         return [line for line in self.text.split("\n") if line]
 
@@ -132,7 +139,9 @@ class DocumentView:
 
     @cached_property
     def word_count(self) -> float:
-        return len(self.without_spaces) / ZH_WORD_CHARACTERS if self.language == "zh" else len(self.words)
+        if self.language == "zh":
+            return len(self.without_spaces) / ZH_WORD_CHARACTERS
+        return len(self.arrays.word_starts) if self.arrays else len(self.words)
 
 
 DropFunction = Callable[[DocumentView], str]
