@@ -18,8 +18,10 @@ import numpy as np
 
 from common.errors import import_package
 from corpus.language import count_chinese, detect_language
+from curation.edit_rules import MOJIBAKE_FLAG, character_flags
 from curation.ngrams import code_points, ngram_hashes
-from curation.prose_rules import RULE_PHRASES, ZH_WORD_CHARACTERS, DocumentView, contains_any, recheck_on_prose
+from curation.phrases import RULE_PHRASES, phrases_in
+from curation.prose_rules import ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
 
 
 def too_short(document: DocumentView) -> str:
@@ -39,7 +41,7 @@ _MOJIBAKE = re.compile("[\ufffd\xc3-\xef][\x80-\xbf\ufffd]|\ufffd|锟斤拷|烫�
 
 def mojibake(document: DocumentView) -> str:
     """More than one wrongly decoded sequence in 200 characters, after the edit rule `repair`."""
-    if document.text.isascii():
+    if not character_flags(document.text) & MOJIBAKE_FLAG:
         return ""
     count = len(_MOJIBAKE.findall(document.text))
     return f"{count} wrongly decoded sequences" if count * 200 > len(document.text) else ""
@@ -302,9 +304,7 @@ def matched_phrases(document: DocumentView, phrases: tuple[str, ...]) -> str:
 
     ChineseWebText requires one phrase per two lines, but a document may be a single line.
     """
-    if not contains_any(document.lowercase, phrases):
-        return ""
-    found = [phrase for phrase in phrases if phrase in document.lowercase]
+    found = phrases_in(document.text, phrases)
     if len(found) < 2 or sum(map(document.lowercase.count, found)) * 200 < len(document.lowercase):
         return ""
     return ", ".join(found[:5])
