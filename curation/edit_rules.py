@@ -214,8 +214,8 @@ _PHONE = re.compile(
     r")(?![\d.]?\d|-\d)"
 )
 _CHECK_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_TEN_DIGITS = re.compile(r"\d(?:[ .()-]{0,2}\d){9}")  # the shortest phone number
-_DIGITS_TO_ZERO = bytes.maketrans(b"0123456789", b"0000000000")
+_TEN_DIGITS = re.compile(rb"0(?:[ .()-]{0,2}0){9}")  # the shortest phone number, with _FOLD
+_FOLD = bytes.maketrans(b"123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"000000000abcdefghijklmnopqrstuvwxyz")
 
 
 def personal(text: str) -> str:
@@ -224,13 +224,12 @@ def personal(text: str) -> str:
     An identity card number must have a date of birth and the right check digit (GB 11643-1999); most other long
     numbers are kept. Names and postal addresses are not masked.
     """
-    lowercase = text.encode("utf-8", "surrogatepass").lower()
-    has_digits = b"0000" in lowercase.translate(_DIGITS_TO_ZERO) or character_flags(text) & FOREIGN_DIGIT_FLAG
+    folded = text.encode("utf-8", "surrogatepass").translate(_FOLD)
     text = _EMAIL.sub("[EMAIL]", text) if "@" in text else text
-    if has_digits and _TEN_DIGITS.search(text):
+    if _TEN_DIGITS.search(folded) or character_flags(text) & FOREIGN_DIGIT_FLAG:
         text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
         text = _PHONE.sub("[PHONE]", text)
-    if "微信" in text or "薇信" in text or b"qq" in lowercase or b"wechat" in lowercase:
+    if "微信" in text or "薇信" in text or b"qq" in folded or b"wechat" in folded:
         text = _ACCOUNT.sub(r"\1[ACCOUNT]", text)
     return text
 

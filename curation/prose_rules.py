@@ -49,7 +49,8 @@ def extract_prose(text: str) -> Prose:
     for line in text.split("\n"):
         if line.count("|") > 1 or (len(line) < 500 and _NUMBERS.fullmatch(line)):
             continue
-        line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
+        if _RELATION.search(line):
+            line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
         if _FORMULA in line:
             has_formulas = True
             line = WORD_WITHOUT_LETTER.sub(" ", line.replace(_FORMULA, " "))

@@ -19,6 +19,7 @@ import numpy as np
 
 SPACE, SIGN, WORD = 0, 2, 128  # the lowest code of each class
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, with well spread bits: 2^64 divided by the golden ratio
+_BUCKET_BITS = np.uint64(52)  # all but the twelve highest
 _LENGTH = np.uint64(0xFFF)  # the bits of a hash that are replaced by the length of the n-gram
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of the first `size` bytes
 
@@ -42,7 +43,7 @@ class WordArrays:
         units = np.frombuffer(f" {text}        ".encode("utf-16-le", "surrogatepass"), "<u2")
         self.units, self.codes, self.length = units[:-7], _code_table().take(units), len(units) - 9
         self.is_visible = self.codes[:-7] != SPACE
-        self.word_starts = np.flatnonzero(self.is_visible[1:] > self.is_visible[:-1])
+        self.word_starts = (self.is_visible[1:] > self.is_visible[:-1]).nonzero()[0]
         self.num_visible = int(np.count_nonzero(self.is_visible))  # characters that are not white space
 
     def initial_letters(self) -> int:
@@ -55,8 +56,8 @@ class WordArrays:
         is_mark = (self.units == 0x27) | (self.units == 0x2019)
         is_word[1:-1] |= is_mark[1:-1] & is_word[:-2] & is_word[2:]  # an apostrophe between word characters
         is_joined = is_word[:-1] & is_word[1:]
-        starts = np.flatnonzero(self.is_visible[1:] > is_joined) + 1  # in `codes`
-        lengths = np.flatnonzero(self.is_visible[:-1] > is_joined) - starts + 1
+        starts = (self.is_visible[1:] > is_joined).nonzero()[0] + 1  # in `codes`
+        lengths = (self.is_visible[:-1] > is_joined).nonzero()[0] - starts + 1
         keys = np.ndarray(self.length + 2, "<u8", self.codes, strides=(1,))[starts]
         return keys & _MASKS[np.minimum(lengths, 8)], lengths
 
@@ -66,43 +67,37 @@ class WordArrays:
         `top`: (2, fraction), (3, fraction), … up to n - 1. Of the repeated n-grams, each token counts once.
         """
         keys, lengths = self.tokens()
-        if len(keys) < n:
+        if len(keys) < n or int(lengths.max()) >= int(_LENGTH) // n:
             return True
-        ends = np.zeros(len(keys) + 1, np.int64)  # of the tokens, joined by spaces
-        np.cumsum(lengths + 1, out=ends[1:])
-        hashes, count = keys, len(keys)
+        hashes, sizes = keys, lengths
         for size, limit in (*top, (n, max_fraction)):
-            hashes = hashes[:-1] * _BASE + keys[size - 1 :]
-            sizes = ends[size:] - ends[:-size] - 1
-            longest = int(sizes.max())
-            if longest > _LENGTH:
-                return True
-            if size < n and count * longest / self.length <= limit:
-                continue  # `count` is an upper bound for longer n-grams too
-            found = np.sort(hashes & ~_LENGTH | sizes.astype(np.uint64))
+            hashes, sizes = hashes[:-1] * _BASE + keys[size - 1 :], sizes[:-1] + lengths[size - 1 :] + 1
             if size == n:
-                repeated = int((found[1:][found[1:] == found[:-1]] & _LENGTH).sum())
-                limit *= self.length
-                return repeated > limit and self._repeated_characters(hashes, lengths, n) > limit
-            is_border = np.ones(len(found) + 1, bool)
-            np.not_equal(found[1:], found[:-1], out=is_border[1:-1])
-            borders = np.flatnonzero(is_border)
-            counts = borders[1:] - borders[:-1]
-            count = int(counts.max())
-            if (
-                count > 1
-                and ((found[borders[:-1]] & _LENGTH).astype(np.int64) * counts * (counts > 1)).max() / self.length
-                > limit
-            ):
+                break
+            by_bucket = np.bincount((hashes >> _BUCKET_BITS).view(np.int64), sizes)  # of one or few n-grams each
+            if by_bucket.max() / self.length > limit and _most_characters(hashes, sizes) / self.length > limit:
                 return True
-        return False
+        found = np.sort(hashes & ~_LENGTH | sizes.view(np.uint64))
+        repeated = int((found[1:][found[1:] == found[:-1]] & _LENGTH).sum())  # a token in several n-grams counts often
+        if repeated > max_fraction * self.length:
+            repeated = self._repeated_characters(hashes, lengths, n)
+        return repeated > max_fraction * self.length
 
     @staticmethod
     def _repeated_characters(hashes: np.ndarray, lengths: np.ndarray, n: int) -> int:
         """Characters of the tokens inside an n-gram whose hash has occurred before."""
         order = np.argsort(hashes, kind="stable")
-        repeats = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+        hashes = hashes[order]
+        repeats = order[1:][hashes[1:] == hashes[:-1]]
         covered = np.zeros(len(lengths), bool)
         for k in range(n):
             covered[repeats + k] = True
         return int(lengths[covered].sum())
+
+
+def _most_characters(hashes: np.ndarray, sizes: np.ndarray) -> int:
+    """Characters of all occurrences of an n-gram that occurs more than once, for the one with the most."""
+    found = np.sort(hashes & ~_LENGTH | sizes.view(np.uint64))
+    firsts = np.append(found[1:] != found[:-1], True).nonzero()[0] + 1
+    counts = np.diff(firsts, prepend=0)
+    return int((counts * (found[firsts - 1] & _LENGTH).view(np.int64) * (counts > 1)).max())
