@@ -150,7 +150,9 @@ _BULLETS = ("•", "‣", "▪", "●", "■", "◆", "★", "·", "*", "-", "�
 def list_of_lines(document: DocumentView) -> str:
     """More than 90 % of the lines begin with a bullet or more than 30 % end with an ellipsis (Gopher)."""
     lines = len(document.lines)
-    if lines <= 1:
+    # If more than 90 % begin with a bullet, one of the first tenth does.
+    may_be_list = any(line.lstrip().startswith(_BULLETS) for line in document.lines[: lines // 10 + 1])
+    if lines <= 1 or not (may_be_list or "..." in document.text or "…" in document.text):
         return ""
     bullets = sum(line.lstrip().startswith(_BULLETS) for line in document.lines) / lines
     ellipses = sum(line.rstrip().endswith(("...", "…")) for line in document.lines) / lines
@@ -184,6 +186,8 @@ def _split_paragraphs(text: str) -> list[str]:
 def repeated_lines(document: DocumentView) -> str:
     """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
     if "\n" not in document.text:
+        return ""
+    if len(set(document.lines)) == len(document.lines) and document.text.strip() == document.text:
         return ""
     for name, pieces in (
         ("paragraphs", _split_paragraphs(document.text.strip())),
