@@ -25,9 +25,13 @@ _LETTER_FIRST = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + bytes(
 def detect_language(text: str) -> str:
     """Returns "zh" or "en" by the fraction of Chinese characters among the letters, for any string."""
     encoded = text.encode("utf-8", "surrogatepass")
-    chinese = len(encoded) - len(encoded.translate(None, _CJK_FIRST))
+    chinese = 0 if text.isascii() else len(encoded) - len(encoded.translate(None, _CJK_FIRST))
+    if not chinese:
+        return "en"
+    if chinese >= MIN_CHINESE_FRACTION * (len(encoded) - 2 * chinese):  # each other byte may be a letter
+        return "zh"
     letters = len(encoded) - len(encoded.translate(None, _LETTER_FIRST))
-    return "zh" if chinese and chinese >= MIN_CHINESE_FRACTION * (chinese + letters) else "en"
+    return "zh" if chinese >= MIN_CHINESE_FRACTION * (chinese + letters) else "en"
 
 
 def count_chinese(text: str) -> int:

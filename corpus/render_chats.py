@@ -4,6 +4,7 @@ Called by tokenize_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
 
 import itertools
+import re
 
 from corpus.chats import Message, chat_text, is_trained, trim_unanswered
 from corpus.examples import ChatExample
@@ -86,9 +87,8 @@ def _count_fitting_turns(samples: list[RenderedSample], max_seq_len: int) -> int
     """Number of turns of a too long chat that may fit; less than the number of its turns."""
     if len(samples) > 1:  # every sample but the last is the chat up to one of its answers
         return sum(len(sample.answers) for sample in samples[:-1] if len(sample.ids) <= max_seq_len)
-    mask = samples[0].mask
     # Each run of trained tokens is one answer; a turn fits only if its answer ends within the limit.
-    ends = [i + 1 for i, trained in enumerate(mask) if trained and not (i + 1 < len(mask) and mask[i + 1])]
+    ends = [run.end() for run in re.finditer(b"\1+", bytes(samples[0].mask))]
     return min(sum(end <= max_seq_len for end in ends), len(ends) - 1)
 
 

@@ -22,7 +22,8 @@ from common.flag_types import non_negative_int, path_string
 from corpus.language import detect_language
 from corpus.stats import BadRow
 from curation import drop_rules, edit_rules
-from curation.prose_rules import RULE_PHRASES, CleaningLimits, DocumentView
+from curation.phrases import RULE_PHRASES
+from curation.prose_rules import CleaningLimits, DocumentView
 from curation.rule_stats import Decision, ExampleReservoir, RuleHit, compute_sample_key
 from curation.transform import CurationConfig, NumberedRow, Transform, to_json_line
 

@@ -18,8 +18,10 @@ import numpy as np
 
 from common.errors import import_package
 from corpus.language import count_chinese, detect_language
+from curation.edit_rules import MOJIBAKE_FLAG, character_flags
 from curation.ngrams import code_points, ngram_hashes
-from curation.prose_rules import RULE_PHRASES, ZH_WORD_CHARACTERS, DocumentView, contains_any, recheck_on_prose
+from curation.phrases import RULE_PHRASES, phrases_in
+from curation.prose_rules import ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
 
 
 def too_short(document: DocumentView) -> str:
@@ -39,7 +41,7 @@ _MOJIBAKE = re.compile("[\ufffd\xc3-\xef][\x80-\xbf\ufffd]|\ufffd|锟斤拷|烫�
 
 def mojibake(document: DocumentView) -> str:
     """More than one wrongly decoded sequence in 200 characters, after the edit rule `repair`."""
-    if document.text.isascii():
+    if not character_flags(document.text) & MOJIBAKE_FLAG:
         return ""
     count = len(_MOJIBAKE.findall(document.text))
     return f"{count} wrongly decoded sequences" if count * 200 > len(document.text) else ""
@@ -115,6 +117,8 @@ def few_letters(document: DocumentView) -> str:
     if document.language == "zh":
         fraction = count_chinese(document.without_spaces) / max(len(document.without_spaces), 1)
         return f"{fraction:.0%} of the characters are Chinese" if fraction < 0.3 else ""
+    if document.arrays and document.arrays.initial_letters() >= 0.81 * len(document.arrays.word_starts):
+        return ""
     without_letter = sum(1 for word in document.words if not word[0].isalpha() and _NO_LETTER.fullmatch(word))
     fraction = 1 - without_letter / max(len(document.words), 1)
     return f"{fraction:.0%} of the words have a letter" if fraction < 0.8 else ""
@@ -125,7 +129,10 @@ def word_length(document: DocumentView) -> str:
     """The mean length of English words is below 3 or above 10 characters (Gopher)."""
     if document.language == "zh":
         return ""
-    mean = sum(map(len, document.words)) / max(len(document.words), 1)
+    if document.arrays:
+        mean = document.arrays.num_visible / max(len(document.arrays.word_starts), 1)
+    else:
+        mean = sum(map(len, document.words)) / max(len(document.words), 1)
     return f"mean word length {mean:.1f}" if not 3 <= mean <= 10 else ""
 
 
@@ -143,7 +150,9 @@ _BULLETS = ("•", "‣", "▪", "●", "■", "◆", "★", "·", "*", "-", "�
 def list_of_lines(document: DocumentView) -> str:
     """More than 90 % of the lines begin with a bullet or more than 30 % end with an ellipsis (Gopher)."""
     lines = len(document.lines)
-    if lines <= 1:
+    # If more than 90 % begin with a bullet, one of the first tenth does.
+    may_be_list = any(line.lstrip().startswith(_BULLETS) for line in document.lines[: lines // 10 + 1])
+    if lines <= 1 or not (may_be_list or "..." in document.text or "…" in document.text):
         return ""
     bullets = sum(line.lstrip().startswith(_BULLETS) for line in document.lines) / lines
     ellipses = sum(line.rstrip().endswith(("...", "…")) for line in document.lines) / lines
@@ -155,23 +164,33 @@ def stop_words(document: DocumentView) -> str:
     """English text with fewer than two of: the, be, to, of, and, that, have, with (Gopher)."""
     if document.language == "zh":
         return ""
-    found = STOP_WORDS.intersection(document.lowercase.split())
+    found = STOP_WORDS.intersection(document.text[:500].lower().split()[:-1])  # most texts have two of them here
+    if len(found) < 2:
+        found = STOP_WORDS.intersection(document.lowercase.split())
     return f"{len(found)} of 8 stop words" if len(found) < 2 else ""
 
 
 # ---- repetition ------------------------------------------------------------------------------------------------------
 TOP_NGRAMS = ((2, 0.20), (3, 0.18), (4, 0.16))
 REPEATED_NGRAMS = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
+REPEATED_NGRAMS_BOUND = (5, 0.10)  # longer n-grams repeat less than the 5-grams, and 0.10 is the lowest limit
 _PARAGRAPHS = re.compile(r"\n{2,}")
 _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+def _split_paragraphs(text: str) -> list[str]:
+    """Split at runs of two or more line feeds; [] for a text without one."""
+    return _PARAGRAPHS.split(text) if "\n\n\n" in text else text.split("\n\n") if "\n\n" in text else []
 
 
 def repeated_lines(document: DocumentView) -> str:
     """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
     if "\n" not in document.text:
         return ""
+    if len(set(document.lines)) == len(document.lines) and document.text.strip() == document.text:
+        return ""
     for name, pieces in (
-        ("paragraphs", _PARAGRAPHS.split(document.text.strip()) if "\n\n" in document.text else []),
+        ("paragraphs", _split_paragraphs(document.text.strip())),
         ("lines", [*[""] * document.text.startswith("\n"), *document.lines, *[""] * document.text.endswith("\n")]),
     ):
         if len(set(pieces)) == len(pieces):
@@ -193,9 +212,9 @@ def repeated_ngrams(document: DocumentView) -> str:
             return ""
         fraction = _repeated_ngram_fraction(document.without_spaces, 13)
         return f"{fraction:.0%} of the 13-character n-grams are repeated" if fraction > 0.5 else ""
-    words = _WORD_OR_SIGN.findall(document.text)
-    if not _may_repeat_words(words, len(document.text)):
+    if document.arrays and not document.arrays.may_repeat(TOP_NGRAMS, *REPEATED_NGRAMS_BOUND):
         return ""
+    words = _WORD_OR_SIGN.findall(document.text)
     for n, max_fraction in TOP_NGRAMS:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
         most_frequent = max(counts, key=counts.__getitem__, default=())
@@ -220,29 +239,6 @@ def _may_repeat_characters(text: str, n: int) -> bool:
     data = text.encode("utf-16-le", "surrogatepass")
     grams = np.sort(np.ndarray(max(len(data) // 2 - 3, 0), "<u8", data, strides=(2,)))
     return 4 * int(np.count_nonzero(grams[1:] == grams[:-1])) > len(text) - n + 1
-
-
-def _may_repeat_words(words: list[str], characters: int) -> bool:
-    """False if no n-gram of the words is above the limits of `repeated_ngrams`.
-
-    Equal hashes of different n-grams raise the counts, so they never hide a repeat.
-    """
-    if len(words) < REPEATED_NGRAMS[0][0]:
-        return True
-    hashes = np.fromiter(map(hash, words), np.int64, len(words))
-    longest, count = max(map(len, words)), len(words)  # bounds: of a word; of the occurrences of one n-gram
-    for n, max_fraction in (*TOP_NGRAMS, REPEATED_NGRAMS[0]):
-        hashes = hashes[:-1] * np.int64(0x7F4A7C15) + hashes[1:]
-        if n < REPEATED_NGRAMS[0][0] and count * (n * longest + n - 1) <= max_fraction * characters:
-            continue
-        grams = np.sort(hashes)
-        first_of_run = np.flatnonzero(np.append(True, grams[1:] != grams[:-1]))
-        if n == REPEATED_NGRAMS[0][0]:
-            return (len(grams) - len(first_of_run)) * n * longest > REPEATED_NGRAMS[-1][1] * characters
-        count = int(np.diff(first_of_run, append=len(grams)).max())
-        if count > 1 and count * (n * longest + n - 1) > max_fraction * characters:
-            return True
-    return False
 
 
 def _repeated_ngram_fraction(text: str, n: int) -> float:
@@ -312,9 +308,7 @@ def matched_phrases(document: DocumentView, phrases: tuple[str, ...]) -> str:
 
     ChineseWebText requires one phrase per two lines, but a document may be a single line.
     """
-    if not contains_any(document.lowercase, phrases):
-        return ""
-    found = [phrase for phrase in phrases if phrase in document.lowercase]
+    found = phrases_in(document.text, phrases)
     if len(found) < 2 or sum(map(document.lowercase.count, found)) * 200 < len(document.lowercase):
         return ""
     return ", ".join(found[:5])

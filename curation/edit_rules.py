@@ -20,7 +20,8 @@ from typing import Any
 
 from common.errors import import_package
 from corpus.language import count_chinese
-from curation.prose_rules import RULE_PHRASES, contains_any
+from curation.character_flags import flag_texts
+from curation.phrases import RULE_PHRASES, scan_phrases
 
 # UTF-8 read as Latin-1 or cp1252: an accented letter, then a continuation byte.
 _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
@@ -28,7 +29,7 @@ _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u0
 
 def repair(text: str) -> str:
     """Undo a wrong decoding with ftfy (github.com/rspeer/python-ftfy). ftfy runs only if the pattern above matches."""
-    if not _WRONGLY_DECODED.search(text):
+    if not character_flags(text) & MISREAD_FLAG or not _WRONGLY_DECODED.search(text):
         return text
     advice = 'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
     fixed: str = import_package("ftfy", advice).fix_encoding(text)
@@ -40,9 +41,17 @@ _INVISIBLE = dict.fromkeys([*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), *range
                             *range(0xE000, 0xF900), 0xFEFF, *range(0xFFF0, 0xFFFC)])  # fmt: skip
 _WIDTHS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F) if chr(wide - 0xFEE0).isalnum()}
 _CHARACTER_MAP = {**_INVISIBLE, **_WIDTHS, 0x0C: "\n", 0x85: "\n", 0x2028: "\n", 0x2029: "\n\n", 0xA0: " "}
-_NEEDS_NORMALISATION = re.compile("[" + "".join(f"\\U{code:08x}" for code in _CHARACTER_MAP) + "\r\u0300-\u036f]")
 _OUTER_SPACES = re.compile(r"[ \t\u3000]+$|^\u3000+", re.M)
 _BLANK_LINES = re.compile(r"\n{4,}")
+
+# The classes of characters that the patterns of several rules need.
+MISREAD_FLAG, MOJIBAKE_FLAG, NORMALISE_FLAG, FOREIGN_DIGIT_FLAG = 1, 2, 4, 8
+character_flags = flag_texts({
+    MISREAD_FLAG: "[\xc2-\xf4]",
+    MOJIBAKE_FLAG: "[\ufffd\xc3-\xef锟烫屯]",
+    NORMALISE_FLAG: "[" + "".join(f"\\u{code:04x}" for code in _CHARACTER_MAP) + "\r\u0300-\u036f]",
+    FOREIGN_DIGIT_FLAG: r"[^\D0-9]|[\ud800-\udfff]",  # some of the digits are above U+FFFF
+})  # fmt: skip
 
 
 def characters(text: str) -> str:
@@ -50,7 +59,7 @@ def characters(text: str) -> str:
 
     Chinese punctuation is kept: "，" does not become ",". At most two consecutive blank lines remain.
     """
-    if _NEEDS_NORMALISATION.search(text):
+    if character_flags(text) & NORMALISE_FLAG:
         text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CHARACTER_MAP)
         text = unicodedata.normalize("NFC", text)
     if "\u3000" in text or " \n" in text or "\t\n" in text:
@@ -97,20 +106,23 @@ _BBCODE = re.compile(
 )
 # A link to a named page; not an index (x[[1]]) and not a matrix ([[1, 2]]).
 _WIKI_LINK = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
-_MARKUP_HINT = re.compile(r"[<\[]|&[#a-zA-Z]")
 
 
 def markup(text: str) -> str:
     """Replace HTML, markdown links and images, BBCode and wiki links by their visible text, outside ``` fences."""
-    if not _MARKUP_HINT.search(text):
+    if not ("<" in text or "[" in text or "&" in text):
         return text
     parts = text.split("```")
     for i in range(0, len(parts), 2):
         part = parts[i]
-        if "<" in part:
+        if "<" in part and ">" in part:
             part = _TAG.sub("", _BREAK.sub("\n", _remove_hidden_elements(part)))
-        if "[" in part:
-            part = _WIKI_LINK.sub(r"\1", _BBCODE.sub(r"\2", _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))))
+        if "](" in part:
+            part = _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))
+        if "[/" in part:
+            part = _BBCODE.sub(r"\2", part)
+        if "[[" in part:
+            part = _WIKI_LINK.sub(r"\1", part)
         if "&" in part:
             part = _ENTITY.sub(lambda match: html.unescape(match.group()), part)
         parts[i] = part
@@ -143,7 +155,7 @@ _NOTICE_PATTERNS = (
 )  # fmt: skip
 _NOTICE = re.compile("|".join(_NOTICE_PATTERNS), re.I)
 _MENU_ZH, _MENU_EN = "|".join(RULE_PHRASES["menu zh"]), "|".join(RULE_PHRASES["menu en"])
-_BOILERPLATE_HINTS = (*RULE_PHRASES["menu zh"], *RULE_PHRASES["menu en"], *RULE_PHRASES["notice"])
+_BOILERPLATE_HINTS = frozenset((*RULE_PHRASES["menu zh"], *RULE_PHRASES["menu en"], *RULE_PHRASES["notice"]))
 _NAVIGATION_LINE = re.compile(
     rf"(?:请|您?需要)?(?:{_MENU_ZH})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{_MENU_ZH})"
     rf"|(?:{_MENU_EN})\b[^.!?;]{{0,40}}",
@@ -158,9 +170,7 @@ def boilerplate(text: str) -> str:
     Navigation lines are removed in runs of two or more and at the end of the text. A sentence about logging in is kept.
     C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and similar words; the patterns are ours.
     """
-    if "\n" not in text:
-        return text
-    if not contains_any(text.lower(), _BOILERPLATE_HINTS):
+    if "\n" not in text or _BOILERPLATE_HINTS.isdisjoint(scan_phrases(text).found):
         return text
     lines = text.split("\n")
     kinds = [_line_kind(line) for line in lines]
@@ -204,8 +214,8 @@ _PHONE = re.compile(
     r")(?![\d.]?\d|-\d)"
 )
 _CHECK_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_DIGITS_HINT = re.compile(r"\d[\d .()-]{5}")
-_ACCOUNT_HINTS = ("微信", "薇信", "qq", "wechat")  # in lowercase
+_TEN_DIGITS = re.compile(rb"0(?:[ .()-]{0,2}0){9}")  # the shortest phone number, with _FOLD
+_FOLD = bytes.maketrans(b"123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"000000000abcdefghijklmnopqrstuvwxyz")
 
 
 def personal(text: str) -> str:
@@ -214,12 +224,14 @@ def personal(text: str) -> str:
     An identity card number must have a date of birth and the right check digit (GB 11643-1999); most other long
     numbers are kept. Names and postal addresses are not masked.
     """
-    lowercase, has_digits = text.lower(), _DIGITS_HINT.search(text)
+    folded = text.encode("utf-8", "surrogatepass").translate(_FOLD)
     text = _EMAIL.sub("[EMAIL]", text) if "@" in text else text
-    if has_digits:
+    if _TEN_DIGITS.search(folded) or character_flags(text) & FOREIGN_DIGIT_FLAG:
         text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
         text = _PHONE.sub("[PHONE]", text)
-    return _ACCOUNT.sub(r"\1[ACCOUNT]", text) if any(hint in lowercase for hint in _ACCOUNT_HINTS) else text
+    if "微信" in text or "薇信" in text or b"qq" in folded or b"wechat" in folded:
+        text = _ACCOUNT.sub(r"\1[ACCOUNT]", text)
+    return text
 
 
 def is_identity_number(number: str) -> bool:

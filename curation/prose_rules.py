@@ -14,37 +14,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from corpus.language import detect_language
-
-
-def _phrases_by_name() -> dict[str, tuple[str, ...]]:
-    lines = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8").split("\n")
-    phrases: dict[str, list[str]] = {}
-    for line in lines:
-        if line.startswith("["):
-            section = phrases.setdefault(line[1 : line.index("]")], [])
-        elif line and not line.startswith("#"):
-            section += map(str.strip, line.split("|"))
-    return {name: tuple(found) for name, found in phrases.items()}
-
-
-RULE_PHRASES = _phrases_by_name()  # of phrases.txt
-
-
-def contains_any(text: str, phrases: tuple[str, ...]) -> bool:
-    """Whether a text has one of the phrases. One pattern finds Chinese ones faster than a search for each."""
-    ascii_phrases, others = _phrase_searches(phrases)
-    return any(phrase in text for phrase in ascii_phrases) or (not text.isascii() and bool(others.search(text)))
-
-
-@functools.lru_cache
-def _phrase_searches(phrases: tuple[str, ...]) -> tuple[list[str], re.Pattern[str]]:
-    """The ASCII phrases, and a pattern of the others."""
-    others = [re.escape(phrase) for phrase in phrases if not phrase.isascii()]
-    return [phrase for phrase in phrases if phrase.isascii()], re.compile("|".join(others) or "(?!)")
-
+from curation.phrases import RULE_PHRASES, scan_phrases
+from curation.word_arrays import WordArrays
 
 _FORMULA = "\0"  # placeholder for a formula until its line is processed
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
@@ -76,7 +49,8 @@ def extract_prose(text: str) -> Prose:
     for line in text.split("\n"):
         if line.count("|") > 1 or (len(line) < 500 and _NUMBERS.fullmatch(line)):
             continue
-        line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
+        if _RELATION.search(line):
+            line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
         if _FORMULA in line:
             has_formulas = True
             line = WORD_WITHOUT_LETTER.sub(" ", line.replace(_FORMULA, " "))
@@ -110,7 +84,7 @@ class DocumentView:
 
     @cached_property
     def lowercase(self) -> str:
-        return self.text.lower()
+        return scan_phrases(self.text).lowercase
 
     @cached_property
     def without_spaces(self) -> str:
@@ -123,6 +97,12 @@ class DocumentView:
         return self.text.split()
 
     @cached_property
+    def arrays(self) -> WordArrays | None:
+        """The words as arrays; None if the text has a character that they count as two."""
+        arrays = WordArrays(self.text)
+        return arrays if arrays.length == len(self.text) else None
+
+    @cached_property
     def lines(self) -> list[str]:
         return [line for line in self.text.split("\n") if line]
 
@@ -132,7 +112,9 @@ class DocumentView:
 
     @cached_property
     def word_count(self) -> float:
-        return len(self.without_spaces) / ZH_WORD_CHARACTERS if self.language == "zh" else len(self.words)
+        if self.language == "zh":
+            return len(self.without_spaces) / ZH_WORD_CHARACTERS
+        return len(self.arrays.word_starts) if self.arrays else len(self.words)
 
 
 DropFunction = Callable[[DocumentView], str]

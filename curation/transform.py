@@ -107,6 +107,8 @@ def read_numbered_rows(
 
 def _message_ends(content: RowContent) -> tuple[tuple[str, int], ...]:
     """(role, end index) of every message; for a pair the prompt, then the answers."""
+    if content.kind == "text":
+        return ()
     turns = [*content.messages, *itertools.chain(*content.answers)]
     message_ends = itertools.accumulate(len(message["content"]) + 1 for message in turns)
     return tuple((message["role"], end) for message, end in zip(turns, message_ends, strict=True))
@@ -291,7 +293,10 @@ def write_reports(
         leftover.unlink(missing_ok=True)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+
+
 def to_json_line(row: Any) -> bytes:
     """A row as a line of jsonl; a plain text becomes {"text": ...}."""
     row = {"text": row} if isinstance(row, str) else row
-    return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
+    return (_ENCODER.encode(row) + "\n").encode("utf-8", "replace")

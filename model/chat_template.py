@@ -20,12 +20,16 @@ Read next: tokenizer.py (ChatTokenizer.render), jinja_template.py.
 
 import bisect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from common.errors import CHAT_FORMAT_ADVICE, UserError
+from model.fast_bpe import FastBPE
 
 Message = dict[str, Any]  # role, content; "weight": 0 excludes an answer from the loss
 
@@ -185,20 +189,67 @@ def find_chat_template(name: str, eos: str = END_OF_TEXT) -> ChatTemplate:
 class Renderer:
     """Renders chats with a chat format to token ids and loss masks."""
 
-    def __init__(self, backend: Tokenizer, markers: re.Pattern[str], chat_format: ChatFormat) -> None:
-        """`backend` encodes marker strings as control tokens; `markers` matches them."""
-        self.backend, self.markers, self.chat_format = backend, markers, chat_format
+    def __init__(
+        self, backend: Tokenizer, markers: re.Pattern[str], chat_format: ChatFormat, fast_bpe: FastBPE | None = None
+    ) -> None:
+        """`backend` encodes marker strings as control tokens; `markers` matches them. `fast_bpe`: for many chats."""
+        self.backend, self.markers, self.chat_format, self.fast_bpe = backend, markers, chat_format, fast_bpe
+        added = backend.get_added_tokens_decoder()
+        self.marker_ids = {token.content: i for i, token in added.items()}
+        if any(token.lstrip or token.rstrip or token.single_word for token in added.values()):
+            self.fast_bpe = None  # such a token depends on the text around it
 
     def render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[RenderedChat]:
         """See `ChatTokenizer.render_each`."""
         texts = [self._sample_texts(messages, add_generation_prompt) for messages in chats]
-        all_parts = [part for samples, _ in texts for _, parts in samples for part in parts]
-        encodings = iter(self.backend.encode_batch(all_parts, add_special_tokens=False))
-        rendered = []
-        for samples, refusal in texts:
-            tokenized = [join_parts(sample, parts, [next(encodings) for _ in parts]) for sample, parts in samples]
-            rendered.append(RenderedChat(tokenized, str(refusal or ""), isinstance(refusal, TooManyAnswersError)))
-        return rendered
+        all_samples = [sample for samples, _ in texts for sample in samples]
+        # FastBPE is for one thread; those of a server render one chat at a time.
+        pieces = [self._split(*sample) if self.fast_bpe and len(chats) > 1 else [] for sample in all_samples]
+        slow = [part for (_, parts), found in zip(all_samples, pieces, strict=True) if not found for part in parts]
+        encodings = iter(self.backend.encode_batch(slow, add_special_tokens=False))
+        plain = [text for found in pieces for text, _ in found if text not in self.marker_ids]
+        arrays = iter(self.fast_bpe.encode(plain) if self.fast_bpe else [])
+        tokenized = iter([
+            self._join_pieces(sample, found, arrays) if found
+            else join_parts(sample, parts, [next(encodings) for _ in parts])
+            for (sample, parts), found in zip(all_samples, pieces, strict=True)
+        ])  # fmt: skip
+        return [
+            RenderedChat(
+                [next(tokenized) for _ in samples], str(refusal or ""), isinstance(refusal, TooManyAnswersError)
+            )
+            for samples, refusal in texts
+        ]
+
+    def _split(self, sample: SampleText, parts: list[str]) -> list[tuple[str, bool]]:
+        """Markers and the texts between them, split at the edges of answers too, and whether each is trained.
+
+        Returns [] if a token may span the edge of an answer: FastBPE is for a BPE in which a line end is a token.
+        """
+        pieces, offset = [], 0
+        for part in parts:
+            cuts = {edge for marker in self.markers.finditer(part) for edge in marker.span()} | {0, len(part)}
+            for edge in {edge - offset for span in sample.spans for edge in span} - cuts:
+                if 0 < edge < len(part):
+                    if "\n" not in part[edge - 1 : edge + 1]:
+                        return []
+                    cuts.add(edge)
+            for start, end in pairwise(sorted(cuts)):
+                is_trained = any(first <= offset + start < last for first, last in sample.spans)
+                pieces.append((part[start:end], is_trained))
+            offset += len(part) + 1
+        return pieces
+
+    def _join_pieces(
+        self, sample: SampleText, pieces: list[tuple[str, bool]], arrays: Iterator[np.ndarray]
+    ) -> RenderedSample:
+        """The sample of the pieces; `arrays` yields the ids of those that are no markers."""
+        ids: list[int] = []
+        mask: list[int] = []
+        for text, is_trained in pieces:
+            ids += [self.marker_ids[text]] if text in self.marker_ids else next(arrays).tolist()
+            mask += [int(is_trained)] * (len(ids) - len(mask))
+        return RenderedSample(ids, mask, sample.answers)
 
     def render_unfinished(self, messages: list[Message]) -> list[int]:
         """See `ChatTokenizer.render_unfinished`."""
