@@ -17,7 +17,7 @@ from model.parameters import count_parameters
 
 CUDA_CONTEXT = 0.8e9  # bytes of the CUDA context: MindLLM's two inference figures minus the weights
 # Positions per chunk of logits on a CPU; on a GPU, above this number of logits of a micro-batch (trainer/loss.py).
-LOSS_CHUNK, DEVICE_CHUNK, FULL_LOGITS = 1024, 4096, 2**29
+LOSS_CHUNK, GPU_LOSS_CHUNK, GPU_FULL_LOGITS = 1024, 4096, 2**29
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
 
 
@@ -63,7 +63,7 @@ def logits_memory(tokens: int, vocab_size: int, compute_bytes: int, device: str)
     low_bytes = compute_bytes if compute_bytes < 4 else 0
     if device == "cpu":
         return min(tokens, LOSS_CHUNK) * vocab_size * (4 + 2 * low_bytes)
-    positions = tokens if tokens * vocab_size <= FULL_LOGITS else min(tokens, DEVICE_CHUNK)
+    positions = tokens if tokens * vocab_size <= GPU_FULL_LOGITS else min(tokens, GPU_LOSS_CHUNK)
     return positions * vocab_size * (8 + low_bytes)
 
 
