@@ -80,10 +80,7 @@ class RowReader(RowKeys):
         found: list[RowContent] = []
         reasons: list[BadRow] = []
         first = _Row(self, row)
-        readers = first.matching_readers()
-        if len(readers) == 1 and readers[0] is _Row.read_text:  # most documents
-            return first.read_text()
-        for read in readers:
+        for read in first.matching_readers():
             try:
                 found.append(read(_Row(self, row, first.fields)))
             except BadRow as reason:

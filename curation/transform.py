@@ -107,8 +107,6 @@ def read_numbered_rows(
 
 def _message_ends(content: RowContent) -> tuple[tuple[str, int], ...]:
     """(role, end index) of every message; for a pair the prompt, then the answers."""
-    if content.kind == "text":
-        return ()
     turns = [*content.messages, *itertools.chain(*content.answers)]
     message_ends = itertools.accumulate(len(message["content"]) + 1 for message in turns)
     return tuple((message["role"], end) for message, end in zip(turns, message_ends, strict=True))

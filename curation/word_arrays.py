@@ -17,9 +17,9 @@ import re
 
 import numpy as np
 
-SPACE, SIGN, WORD = 0, 2, 128  # the lowest code of each class
+_SPACE, _SIGN, _WORD = 0, 2, 128  # the lowest code of each class
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, with well spread bits: 2^64 divided by the golden ratio
-_BUCKET_BITS = np.uint64(52)  # all but the twelve highest
+_BUCKET_SHIFT = np.uint64(52)  # leaves twelve bits of a hash
 _LENGTH = np.uint64(0xFFF)  # the bits of a hash that are replaced by the length of the n-gram
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of the first `size` bytes
 
@@ -27,11 +27,11 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of t
 @functools.cache
 def _code_table() -> np.ndarray:
     """The code of each UTF-16 unit, shape (65536,), uint8. Letters and digits of ASCII have different codes."""
-    units, codes = "".join(map(chr, range(0x10000))), np.arange(0x10000) % 126 + SIGN
+    units, codes = "".join(map(chr, range(0x10000))), np.arange(0x10000) % 126 + _SIGN
     for match in re.finditer(r"\w+", units):
-        codes[match.start() : match.end()] = np.arange(match.start(), match.end()) % 128 + WORD
+        codes[match.start() : match.end()] = np.arange(match.start(), match.end()) % 128 + _WORD
     for match in re.finditer(r"\s+", units):
-        codes[match.start() : match.end()] = SPACE
+        codes[match.start() : match.end()] = _SPACE
     return codes.astype(np.uint8)
 
 
@@ -42,7 +42,7 @@ class WordArrays:
         # A space before the text, so that each character has one before it, and eight behind it, for the keys.
         units = np.frombuffer(f" {text}        ".encode("utf-16-le", "surrogatepass"), "<u2")
         self.units, self.codes, self.length = units[:-7], _code_table().take(units), len(units) - 9
-        self.is_visible = self.codes[:-7] != SPACE
+        self.is_visible = self.codes[:-7] != _SPACE
         self.word_starts = (self.is_visible[1:] > self.is_visible[:-1]).nonzero()[0]
         self.num_visible = int(np.count_nonzero(self.is_visible))  # characters that are not white space
 
@@ -52,7 +52,7 @@ class WordArrays:
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """The keys and the lengths of all tokens."""
-        is_word = self.codes[:-7] >= WORD
+        is_word = self.codes[:-7] >= _WORD
         is_mark = (self.units == 0x27) | (self.units == 0x2019)
         is_word[1:-1] |= is_mark[1:-1] & is_word[:-2] & is_word[2:]  # an apostrophe between word characters
         is_joined = is_word[:-1] & is_word[1:]
@@ -74,7 +74,7 @@ class WordArrays:
             hashes, sizes = hashes[:-1] * _BASE + keys[size - 1 :], sizes[:-1] + lengths[size - 1 :] + 1
             if size == n:
                 break
-            by_bucket = np.bincount((hashes >> _BUCKET_BITS).view(np.int64), sizes)  # of one or few n-grams each
+            by_bucket = np.bincount((hashes >> _BUCKET_SHIFT).view(np.int64), sizes)  # of one or few n-grams each
             if by_bucket.max() / self.length > limit and _most_characters(hashes, sizes) / self.length > limit:
                 return True
         found = np.sort(hashes & ~_LENGTH | sizes.view(np.uint64))

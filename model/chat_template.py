@@ -20,7 +20,7 @@ Read next: tokenizer.py (ChatTokenizer.render), jinja_template.py.
 
 import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -190,36 +190,42 @@ class Renderer:
     """Renders chats with a chat format to token ids and loss masks."""
 
     def __init__(
-        self, backend: Tokenizer, markers: re.Pattern[str], chat_format: ChatFormat, fast_bpe: FastBPE | None = None
+        self,
+        backend: Tokenizer,
+        markers: re.Pattern[str],
+        chat_format: ChatFormat,
+        fast_bpe: Callable[[], FastBPE | None] = lambda: None,
     ) -> None:
-        """`backend` encodes marker strings as control tokens; `markers` matches them. `fast_bpe`: for many chats."""
+        """`backend` encodes marker strings as control tokens; `markers` matches them."""
         self.backend, self.markers, self.chat_format, self.fast_bpe = backend, markers, chat_format, fast_bpe
         added = backend.get_added_tokens_decoder()
         self.marker_ids = {token.content: i for i, token in added.items()}
         if any(token.lstrip or token.rstrip or token.single_word for token in added.values()):
-            self.fast_bpe = None  # such a token depends on the text around it
+            self.fast_bpe = lambda: None  # the text around such a token changes its place
 
     def render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[RenderedChat]:
         """See `ChatTokenizer.render_each`."""
         texts = [self._sample_texts(messages, add_generation_prompt) for messages in chats]
-        all_samples = [sample for samples, _ in texts for sample in samples]
-        # FastBPE is for one thread; those of a server render one chat at a time.
-        pieces = [self._split(*sample) if self.fast_bpe and len(chats) > 1 else [] for sample in all_samples]
-        slow = [part for (_, parts), found in zip(all_samples, pieces, strict=True) if not found for part in parts]
+        tokenized = iter(self._tokenize([sample for samples, _ in texts for sample in samples], len(chats) > 1))
+        rendered = []
+        for samples, refusal in texts:
+            found = [next(tokenized) for _ in samples]
+            rendered.append(RenderedChat(found, str(refusal or ""), isinstance(refusal, TooManyAnswersError)))
+        return rendered
+
+    def _tokenize(self, samples: list[tuple[SampleText, list[str]]], many: bool) -> list[RenderedSample]:
+        """The tokenized samples. FastBPE is not for several threads; those of a server render one chat at a time."""
+        fast_bpe = self.fast_bpe() if many else None
+        pieces = [self._split(*sample) if fast_bpe else [] for sample in samples]
+        slow = [part for (_, parts), found in zip(samples, pieces, strict=True) if not found for part in parts]
         encodings = iter(self.backend.encode_batch(slow, add_special_tokens=False))
-        plain = [text for found in pieces for text, _ in found if text not in self.marker_ids]
-        arrays = iter(self.fast_bpe.encode(plain) if self.fast_bpe else [])
-        tokenized = iter([
+        texts = [text for found in pieces for text, _ in found if text not in self.marker_ids]
+        arrays = iter(fast_bpe.encode(texts) if fast_bpe else [])
+        return [
             self._join_pieces(sample, found, arrays) if found
             else join_parts(sample, parts, [next(encodings) for _ in parts])
-            for (sample, parts), found in zip(all_samples, pieces, strict=True)
-        ])  # fmt: skip
-        return [
-            RenderedChat(
-                [next(tokenized) for _ in samples], str(refusal or ""), isinstance(refusal, TooManyAnswersError)
-            )
-            for samples, refusal in texts
-        ]
+            for (sample, parts), found in zip(samples, pieces, strict=True)
+        ]  # fmt: skip
 
     def _split(self, sample: SampleText, parts: list[str]) -> list[tuple[str, bool]]:
         """Markers and the texts between them, split at the edges of answers too, and whether each is trained.

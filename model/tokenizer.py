@@ -226,7 +226,7 @@ class ChatTokenizer:
     @cached_property
     def renderer(self) -> Renderer:
         """Its backend encodes marker strings as control tokens. Raises UserError if the tokenizer has no format."""
-        return Renderer(open_backend(self.files), self._markers, self.chat_format, self._fast_bpe)
+        return Renderer(open_backend(self.files), self._markers, self.chat_format, lambda: self._fast_bpe)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a chat and its loss mask, two lists of equal length: 1 at answers and their end-of-turn tokens.

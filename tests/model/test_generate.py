@@ -178,7 +178,7 @@ def test_top_p_keeps_the_tokens_of_the_plain_form(data, vocab, temperature, top_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_top_p_of_a_large_vocabulary_keeps_the_tokens_of_the_plain_form(dtype):
-    """In bf16 there are few different values; in fp32 no two are equal."""
+    """In bf16 there are few different values; in the first row all are equal."""
     logits = (torch.randn(16, 6400) * torch.linspace(0, 6, 16)[:, None]).to(dtype).float()
     for top_p in (1e-6, 0.5, 0.9, 0.9999999):
         assert torch.equal(top_p_mask(logits, top_p), top_p_of_sorted_pairs(logits, top_p))
