@@ -291,10 +291,7 @@ def write_reports(
         leftover.unlink(missing_ok=True)
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
-
-
 def to_json_line(row: Any) -> bytes:
     """A row as a line of jsonl; a plain text becomes {"text": ...}."""
     row = {"text": row} if isinstance(row, str) else row
-    return (_ENCODER.encode(row) + "\n").encode("utf-8", "replace")
+    return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
