@@ -126,7 +126,7 @@ def test_pretrained_model_continues_text_and_saves_it(make_chat, type_lines, tmp
 
 def test_ctrl_c_stops_only_the_answer(make_chat, type_lines, monkeypatch, capsys, tmp_path):
     def interrupted(*arguments):
-        answer = arguments[-1]
+        answer = arguments[4]  # the Completion
         answer.text = "half"
         yield "half"
         raise KeyboardInterrupt

@@ -155,7 +155,8 @@ def render_results():
 def test_rendering_is_bounded(render_results, name):
     seconds, message = render_results[name]
     expected_reason = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
-    assert message.startswith(f"UnsupportedChatError: the model's chat template {expected_reason}") and seconds < 1
+    assert message.startswith(f"UnsupportedChatError: the model's chat template {expected_reason}")
+    assert seconds < 1.5  # the limit of 0.8, and the operation that runs when it is reached
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

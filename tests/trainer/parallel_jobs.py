@@ -30,6 +30,11 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
     dist.dtype, dist.stop_requested = pick_dtype(config.dtype, dist.device), ""
     DistContext.reads_late = bool(job.get("late"))
     torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
+    if job.get("double") and config.parallel == "zero3":
+        from deepspeed.accelerator import get_accelerator
+
+        # DeepSpeed refuses float64 weights, but only on CPUs with fp16 instructions.
+        get_accelerator().is_fp16_supported = lambda: False
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(tokenizer_path)
     model = Transformer(config.model_config(tokenizer.vocab_size))
