@@ -1,7 +1,7 @@
 """--compile auto, on or off: whether torch.compile compiles the loss of a stage, which contains the model.
 
     auto    CUDA     yes, if Triton is installed
-            CPU      yes, with a C++ compiler, bf16 matrix products in hardware and a run of at least MIN_CPU_FLOPS
+            CPU      yes, with a C++ compiler, fast bf16 matrix products and a run of at least MIN_CPU_FLOPS
             else     no; nor with ZeRO, whose hooks torch.compile does not support
 
 The answer depends on the configuration, the number of steps and the machine only: a resumed run gets the same one.

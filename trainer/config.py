@@ -121,7 +121,7 @@ class TrainConfig(Config):
         "auto", "dtype of matrix products (autocast); auto: bf16 where the hardware supports it", choices=DTYPE_NAMES
     )
     compile: str = _hardware(
-        "auto", "torch.compile the loss; auto: on CUDA, and in long runs on CPUs with bf16 in hardware and a C++ "
+        "auto", "torch.compile the loss; auto: on CUDA, and in long runs on CPUs with fast bf16 and a C++ "
         "compiler", nargs="?", const="on", choices=("auto", "on", "off"),
     )  # fmt: skip
     checkpoint_activations: bool = _hardware(

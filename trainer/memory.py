@@ -26,7 +26,7 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
 
     compute_bytes: 4 in fp32, 2 under autocast, where the residual stream and the norms stay in fp32.
     Flash attention saves queries, keys, values and output. On a CPU in 16 bits, the project's blockwise attention saves
-    for every block of queries the softmax and a copy of its keys and values. CPUs recompute what model/cpu_ops.py says.
+    for every block of queries the softmax and a copy of its keys and values. model/cpu_ops.py lists what is recomputed.
     """
     dim, hidden, b = config.dim, config.hidden_dim, compute_bytes
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype | None = None
     ) -> None:
-        """dtype: of the orthogonalization; None: bf16 where the hardware has it, else fp32."""
+        """dtype: of the orthogonalization; None: bf16 where it is faster, else fp32."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype = dtype or (torch.bfloat16 if has_fast_bf16(params[0].device) else torch.float32)
 
