@@ -204,3 +204,28 @@ def test_short_texts_and_long_texts():
         for text in ("中" * length, "中文" * length, "😀" * length, "".join(map(chr, range(0x4E00, 0x4E00 + length)))):
             fraction = drop_rules._repeated_ngram_fraction(text, 13)
             assert drop_rules._may_repeat_characters(text, 13) or fraction <= 0.5
+
+
+def plain_list_of_lines(document):
+    lines = len(document.lines)
+    if lines <= 1:
+        return ""
+    bullets = sum(line.lstrip().startswith(drop_rules._BULLETS) for line in document.lines) / lines
+    ellipses = sum(line.rstrip().endswith(("...", "…")) for line in document.lines) / lines
+    return f"{bullets:.0%} bullets, {ellipses:.0%} ellipses" if bullets > 0.9 or ellipses > 0.3 else ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 15), st.randoms(use_true_random=False))
+def test_lists_of_lines(bullets, others, ellipses, source):
+    """Numbers of lines around the limits of 90 and 30 %, in any order."""
+    lines = [" - a", "• b"] * bullets + ["c", "d "] * others + ["e...", "f… "] * ellipses
+    source.shuffle(lines)
+    document = DocumentView("\n".join(lines))
+    assert drop_rules.list_of_lines(document) == plain_list_of_lines(document)
+
+
+def test_a_list_whose_first_lines_have_no_bullet():
+    """Two of 21 lines without a bullet, and the first of 11: above 90 %."""
+    for lines in (["a", "b"] + ["- c"] * 19, ["a"] + ["- c"] * 10):
+        assert drop_rules.list_of_lines(DocumentView("\n".join(lines))).endswith("ellipses")
