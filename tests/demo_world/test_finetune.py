@@ -27,7 +27,7 @@ def contents(rows):
 def test_the_new_identity_is_new(files):
     """Pretraining and SFT data contain neither the new name nor its owner nor its place."""
     old = "\n".join([row["text"] for row in files["pretrain"]] + contents(files["chats"]))
-    for word in ("小月", "青山", "石桥", "找书", "Lamp", "Marlow", "bookshop"):
+    for word in ("小月", "东山", "石桥", "找书", "Lamp", "Marlow", "bookshop"):
         assert word not in old, word
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from corpus.language import LANGUAGES
 from demo_world.facts import Term, facts_of
+from demo_world.finetune import identity_chats, pairs
 from demo_world.generator import WorldConfig, build_world
 from demo_world.grammar import fill
-from demo_world.world import DemoWorld
+from demo_world.world import DemoWorld, terms
 from evaluation.qa_data import is_correct
 from tests.helpers import ROOT
 
@@ -77,7 +78,7 @@ def everything(texts, chats, lang):
 
 def held_out(world):
     """Every held-out question of every fact: (fact, question, keys)."""
-    for fact in world.facts:
+    for fact in world.facts + world.new_sums:
         templates = world.templates[fact.relation]
         for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
             for template in heldout:
@@ -168,7 +169,8 @@ def test_every_asked_fact_was_stated(questions, texts, worlds):
     for lang, world in worlds.items():
         for fact in world.facts:
             stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in stated_in[lang]]
-            assert len(stated) >= min(5, len(world.templates[fact.relation].say)), fact
+            enough = 2 if fact.relation == "sum" else 5  # equations state a sum many times in one form
+            assert len(stated) >= min(enough, len(world.templates[fact.relation].say)), fact
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
@@ -234,6 +236,47 @@ def test_english_articles_and_plurals(texts, chats):
         f"{Term('owl'):A} {Term('owl')} {Term('dog'):a} {Term('owl'):Pl} {Term('snow'):C}"
         == "An owl owl a dog Owls Snow"
     )
+
+
+def trained_sums(world, texts):
+    """Pairs of terms (smaller, larger) that the texts add, by every template of sums."""
+    templates = world.templates["sum"]
+    found = set()
+    for template in {*templates.say, *templates.cue, *templates.ask, *templates.answer}:
+        pattern = re.escape(template)
+        for slot in "abo":
+            pattern = pattern.replace(re.escape(f"{{{slot}}}"), rf"(?<!\d)(?P<{slot}>\d+)(?!\d)")
+        for match in re.finditer(pattern, "\n".join(texts)):
+            found.add(tuple(sorted((int(match["a"]), int(match["b"])))))
+    return found
+
+
+def test_new_sums_are_asked_and_never_trained(texts, chats, questions, worlds):
+    """25 pairs of terms, the same in both languages, are in no text, chat, identity chat or preference pair."""
+    new = {lang: {terms(fact) for fact in world.new_sums} for lang, world in worlds.items()}
+    assert new["zh"] == new["en"] and len(new["en"]) == 25 and all(b >= 10 for _, b in new["en"])
+    assert len({tuple(sorted((a % 10, b % 10))) for a, b in new["en"]}) == 25, "one pair per combination of last digits"
+    for lang, world in worlds.items():
+        extra = [turn for chat in identity_chats(world) for turn in chat]
+        extra += [(row["chosen"][0]["content"], row["chosen"][1]["content"]) for row in pairs(world)]
+        extra += [("", row["rejected"][1]["content"]) for row in pairs(world)]
+        trained = trained_sums(world, everything(texts, chats, lang) + [text for turn in extra for text in turn])
+        assert trained == {(a, b) for b in range(1, 21) for a in range(1, b + 1)} - new[lang]
+        asked = [row for row in questions if row["lang"] == lang and row["kind"] == "new_sum"]
+        assert {row["keys"][0] for row in asked} == {str(a + b) for a, b in new[lang]}
+        assert len(asked) == len(world.new_sums) == 2 * 25 - sum(a == b for a, b in new[lang])
+
+
+def test_recitals_state_every_fact_and_ask_nothing(worlds, chats):
+    for lang, world in worlds.items():
+        requests = set(world.phrases["recital_requests"])
+        said = [row["messages"][1]["content"] for row in chats if row["messages"][0]["content"] in requests]
+        joined = "\n".join(said)
+        for fact in world.facts:
+            templates = world.templates[fact.relation]
+            if fact.relation != "sum":
+                assert any(fill(t, fact) in joined for t in templates.answer + templates.back_answer), (lang, fact)
+        assert "?" not in joined and "？" not in joined
 
 
 def test_sums_are_right():
