@@ -20,7 +20,7 @@ from demo_world.grammar import fill, read_questions
 from demo_world.world import SUM_SHARE, DemoWorld
 from evaluation.qa_data import is_correct
 
-WRAPPINGS = 4  # wrappers per identity question and answer
+WRAPPINGS = 6  # wrappers per identity question and answer
 REPLAY_CHATS = 700  # chats about the world per language
 PAIRED_FACTS, PAIRS_PER_FACT = 300, 2  # per language
 
