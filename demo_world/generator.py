@@ -8,8 +8,9 @@
     identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: finetune.py
 
 `kind` in questions.jsonl is the distance to the training data: `seen_fact_new_wording` (the chats ask about this fact
-with other templates) or `unasked_fact_new_wording` (pretraining states the fact, no chat asks about it). The questions
-are a uniform sample over all facts. The evaluation is closed-book: the model answers from its weights.
+with other templates), `unasked_fact_new_wording` (texts and chats state the fact, no text and no chat asks about it) or
+`new_sum` (no file contains this sum, in either language). The questions are a uniform sample over all facts, and all
+new sums. The evaluation is closed-book: the model answers from its weights.
 
 Why words.jsonl: on so few sentences, BPE would merge whole phrases and cut the same name in different ways (法国 in one
 sentence, 法 + 国的首都 in the next). Real text is varied enough to avoid this.

@@ -21,7 +21,7 @@ LAST_STAGE = list(TRAINING)[-1]
 SAMPLES_PER_LANGUAGE = 5
 KINDS = {
     "seen_fact_new_wording": "facts that SFT asks about in other words",
-    "unasked_fact_new_wording": "facts that only pretraining states",
+    "unasked_fact_new_wording": "facts that texts and chats state, and none asks about",
     "new_sum": "sums up to 20 + 20 that no training text contains",
 }
 COLUMNS = {
@@ -147,10 +147,11 @@ def explain_columns(report: dict[str, Any]) -> list[str]:
         f"  before LoRA: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
     ]
     if "val_reward_accuracy" in dpo:
-        lines.append(
-            "Held-out pairs of DPO. preferred: the chosen answer is more probable, per token, than the rejected"
-        )
-        lines.append("one. moved: training has raised its probability more than that of the rejected one.")
+        lines += [
+            "Held-out pairs of DPO:",
+            "  preferred: pairs whose chosen answer has the higher log-probability per token",
+            "  moved: pairs whose chosen answer has gained more log-probability than the rejected one",
+        ]
         for lang, moved in dpo.get("val_reward_accuracy", {}).items():
             before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
             lines.append(f"  {lang}: preferred {before:.1%} before, {after:.1%} after; moved {moved:.1%}")

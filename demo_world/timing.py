@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from demo_world.report import TRAINING
 
-REFERENCE_STEP = 0.305  # seconds of a step of measure_step()
+REFERENCE_STEP = 0.333  # seconds of a step of measure_step()
 REFERENCE_SECONDS = {
     "world": 5.0, "tokenizer": 6.0, "pretrain_data": 2.0, "sft_data": 2.0, "identity_data": 1.0, "dpo_data": 1.0,
     "pretrain": 195.0, "score_pretrain": 4.0, "full_sft": 62.0, "score_full_sft": 4.0, "identity_before": 3.0,
@@ -36,7 +36,9 @@ class Estimate:
         return sum(self._seconds(name) for name in self.names)
 
     def _seconds(self, name: str) -> float:
-        return min(self.slowdown * REFERENCE_SECONDS[name], self.limits.get(name, math.inf))
+        # Other steps mostly start Python and load models: a GPU does not shorten them.
+        slowdown = self.slowdown if name in TRAINING else max(self.slowdown, 1.0)
+        return min(slowdown * REFERENCE_SECONDS[name], self.limits.get(name, math.inf))
 
     def finish(self, name: str, seconds: float) -> None:
         """A step has taken this many seconds."""

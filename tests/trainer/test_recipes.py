@@ -40,7 +40,7 @@ SCRIPTS = {  # recipe -> its script and the settings that it changes
     "demo-pretrain": ("1-pretrain.py", {"preset": "demo", "batch_size": 16,
         "model": {"qk_norm": True, "tie_embeddings": False}}),
     "demo-sft": ("3-full_sft.py", {"learning_rate": 1e-3}),
-    "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16, "learning_rate": 2e-3}),
+    "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16}),
     "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "eval_interval": 15,
         "log_interval": 2}),
 }  # fmt: skip
