@@ -20,23 +20,23 @@ from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
-    "chats.jsonl": "9dbbcec6b79c7e14baeda18b5ff6439f20e59242679a5745a66228755e6269e1",
-    "identity.jsonl": "4aa8152eee2db42a548754c2b894e016dbea74a814eb5fb67fdc9916e3b6e0c2",
-    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
-    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
-    "pretrain.jsonl": "19fef830c356d6645f301f85b55815f04afb773fb32dc3b1cf4cf580d2d17610",
-    "questions.jsonl": "2b04cce29d160c1eed7bac12cc53e6828da090477476b5cc8e7418247484343e",
-    "words.jsonl": "54c23a4fe9ff4bb91d6cec61268c7396d2981024d06b16cb9a197aa9df7f2aa0",
+    "chats.jsonl": "e42ce71ff5ac36b7cbd31fc010d0ade0706add2344bcfac11777b09ab5c9061a",
+    "identity.jsonl": "101320c3acd49f082f4be7bf109de630cb7b4588bb92fd1ee9ea9be73a58c293",
+    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "pairs.jsonl": "d5364156f6f2d966ac32bcdbae4219805b2e0e643a24a30d55d04bc95a148756",
+    "pretrain.jsonl": "793e002f0ba70a40dde74aaa82630925a031a947004c89f806f51b91f154a138",
+    "questions.jsonl": "741c736f7cdc847815ae984e8c8cada6c4cb4270542b1b0de76bac3e55496cf0",
+    "words.jsonl": "b790c6192201a5e34affdff75aeb514681426c6141066a973640e3d06196bb64",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
-    "chats.jsonl": "e9d017df1f4949c494a5d32c673b8ec7a9ef248368f345e11fb6bf138c35a495",
-    "identity.jsonl": "a0e6c46d0c20eb667b676e535c91d8958e2a15cea12c0b9d1ae39125196dd1bc",
-    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
-    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
-    "pretrain.jsonl": "52474d5c2ea0916479fcab1c616d0d1d43997f794924f1c981b17b8002c04a5b",
-    "questions.jsonl": "19fe23f5c29078dd7895e5722b74ffc235eba4d359b298d2dbf6baa3fdfc32b7",
-    "words.jsonl": "42ad81515a5db780850b1688c68735d844cc8edbbca376a9cd2e16a7a71c98cc",
+    "chats.jsonl": "b1fa0e82930a28fef86919dba20ed8cecba4324e2706665dfb35a93dac1043c9",
+    "identity.jsonl": "1aababa348a77216591c07896b52087480a350bf426d499a555c92c27878bcbf",
+    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "pairs.jsonl": "d5364156f6f2d966ac32bcdbae4219805b2e0e643a24a30d55d04bc95a148756",
+    "pretrain.jsonl": "0a169804e0667a3cd57af0fd1958c1fafb02f93dcbce9311662f9e71c54c213e",
+    "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
+    "words.jsonl": "05caeec1190e2d70a9243456b57c2347262d9ffeb04db2fead19944114da8738",
 }
 
 
