@@ -20,23 +20,23 @@ from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
-    "chats.jsonl": "e42ce71ff5ac36b7cbd31fc010d0ade0706add2344bcfac11777b09ab5c9061a",
-    "identity.jsonl": "101320c3acd49f082f4be7bf109de630cb7b4588bb92fd1ee9ea9be73a58c293",
+    "chats.jsonl": "00fa920618020946fceda6cabf5eef4690179ca9307cdd6c1b680883ef06ef51",
+    "identity.jsonl": "303b413673420734510d843b85ae3bad9c680d2b80e59a387c66bf15b9a791c7",
     "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
-    "pairs.jsonl": "d5364156f6f2d966ac32bcdbae4219805b2e0e643a24a30d55d04bc95a148756",
-    "pretrain.jsonl": "793e002f0ba70a40dde74aaa82630925a031a947004c89f806f51b91f154a138",
-    "questions.jsonl": "741c736f7cdc847815ae984e8c8cada6c4cb4270542b1b0de76bac3e55496cf0",
-    "words.jsonl": "b790c6192201a5e34affdff75aeb514681426c6141066a973640e3d06196bb64",
+    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
+    "pretrain.jsonl": "7c1b50e807ac3ffb1b0cc18f3ccca41800ac30c1b8ef38d60dda6a7880525bc8",
+    "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
+    "words.jsonl": "345b5ed85023858c50f56f5c38c5ab07b6d446adeaf1a795bbefb878fb73f1e4",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
-    "chats.jsonl": "b1fa0e82930a28fef86919dba20ed8cecba4324e2706665dfb35a93dac1043c9",
-    "identity.jsonl": "1aababa348a77216591c07896b52087480a350bf426d499a555c92c27878bcbf",
+    "chats.jsonl": "864171cb305bee65fc39d23c10dc9b0ee38dbf96d78a7ef8e17b553b3fdf1c4a",
+    "identity.jsonl": "04fc42ddfbf0acbad0bd2f924dccd15d43b5268edca68c6398711ef2c2d58c3f",
     "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
-    "pairs.jsonl": "d5364156f6f2d966ac32bcdbae4219805b2e0e643a24a30d55d04bc95a148756",
-    "pretrain.jsonl": "0a169804e0667a3cd57af0fd1958c1fafb02f93dcbce9311662f9e71c54c213e",
+    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
+    "pretrain.jsonl": "88948b136ea48a2a08bee0917092b1cbde45ca5595407fb6f59112ff40fc8cec",
     "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
-    "words.jsonl": "05caeec1190e2d70a9243456b57c2347262d9ffeb04db2fead19944114da8738",
+    "words.jsonl": "1602e0d14ea016c614017bc8bb3c28648437c4dec4becd3d34191f749af9ce4b",
 }
 
 
