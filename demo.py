@@ -1,4 +1,4 @@
-"""Runs the whole pipeline in a few minutes: trains a small model from scratch that answers in Chinese and English.
+"""Runs the whole pipeline in six minutes: trains a small model from scratch that answers in Chinese and English.
 
     world      demo_world/generator.py  writes true texts, chats and held-out questions
     tokenizer  train_tokenizer.py       trains a tokenizer on the texts
@@ -11,6 +11,10 @@
 
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
+    python demo.py --fast               ends each training after a fixed time
+
+The trainings end after a fixed number of steps: on a slower machine the demo takes longer, and its models are as good.
+With --fast they take 2.5 minutes on any machine, and a slower machine trains a worse model.
 
 Every step is a script that you can run yourself: its command line is printed first. The flags of the trainings are
 recipes/demo-*.args. A step whose results exist is skipped; delete the folder to start over. Writes only --out_dir:
@@ -34,16 +38,21 @@ from common.files import write_json
 from common.locks import lock_output
 from common.signals import Terminated
 from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, print_report
+from demo_world.timing import Estimate, minutes_text
 from model.config import PRESETS
 
 PROJECT_FOLDER = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
 FLAGS = {
-    "world": "--statement_rounds 60 --chat_rounds 8",
+    "world": "--statement_rounds 46 --chat_rounds 6",
     "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # with --max_steps: a smaller world
-    "tokenizer": "--vocab_size 4096",
+    "tokenizer": "--vocab_size 5120",
     "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
 }
+FAST_MINUTES = {"pretrain": 1.5, "full_sft": 0.5, "lora_sft": 0.25, "dpo": 0.25}
+# Threads of GNU OpenMP then wait actively for microseconds instead of milliseconds: beside other work trainings are two
+# to three times as fast, on quiet cores as fast as before (LOG.md).
+TRAINING_ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -55,6 +64,7 @@ class DemoConfig(Config):
     seed: int = flag(0, "random seed of world, initial weights and data order", type=flag_types.seed)
     max_steps: int = flag(0, "quick test: stop each training after this many steps (-1 or 0: no limit)",
                           type=flag_types.max_steps)  # fmt: skip
+    fast: bool = flag(False, "end each training after a fixed time instead of a fixed number of steps")
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ def with_recipe(command: list[str]) -> list[str]:
     return [*command, *recipes]
 
 
-def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
+def make_steps(out: Path, seed: int, max_steps: int, fast: bool = False) -> list[DemoStep]:
     tokenizer, exam = out / "tokenizer", out / "exam"
     files = {name: out / "world" / f"{name}.jsonl" for name in WORLD_FILES}
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
@@ -90,6 +100,7 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
         start = ["--init_from", models[parent]] if parent else ["--tokenizer", tokenizer]
         recipe = f"@recipes/demo-{stage.removeprefix('full_').removesuffix('_sft')}.args"
         limit = ["--max_steps", str(max_steps)] if max_steps else []
+        limit += ["--max_minutes", str(FAST_MINUTES[stage])] if fast else []
         flags = ["--data_path", out / folder, *start, "--out_dir", out, "--seed", str(seed), *limit, recipe]
         return step(stage, title, script, *flags, results=[models[stage]])
 
@@ -128,24 +139,48 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
     ]  # fmt: skip
 
 
-def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
+def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None) -> dict[str, float]:
     """Run the steps that are not complete; return step -> seconds, for skipped steps those of their earlier run.
 
     out/steps.json records the completed commands. If a step runs, all later steps run again.
+    limits: training -> seconds after which it ends by itself, for estimates of the time; None: no estimates.
     """
     record = read_step_record(out / "steps.json")
+    complete = 0
+    for step in steps:
+        same = record.get(step.name, {}).get("command") == with_recipe(step.command)
+        if not (same and all(path.exists() for path in step.results)):
+            break
+        complete += 1
+    for step in steps[complete:]:
+        record.pop(step.name, None)
+    estimate = None
+    if limits is not None and complete < len(steps):
+        estimate = Estimate(measure_slowdown(), [step.name for step in steps[complete:]], limits)
+        print(estimate.describe(), flush=True)
     for number, step in enumerate(steps, 1):
-        command = with_recipe(step.command)
-        done = record.get(step.name, {}).get("command") == command and all(path.exists() for path in step.results)
-        print(f"\n[{number}/{len(steps)}] {step.title}" + (": already complete" if done else ""), flush=True)
-        if done:
+        title = f"\n[{number}/{len(steps)}] {step.title}"
+        if number <= complete:
+            print(f"{title}: already complete", flush=True)
             continue
-        for later in steps[number - 1 :]:
-            record.pop(later.name, None)
-        seconds = run_command(step.command)
-        record[step.name] = {"command": command, "seconds": round(seconds, 1)}
+        print(title + (f" ({minutes_text(estimate.seconds_left())} to go)" if estimate else ""), flush=True)
+        seconds = run_command(step.command, TRAINING_ENVIRONMENT if step.name in TRAINING else {})
+        if estimate:
+            estimate.finish(step.name, seconds)
+        record[step.name] = {"command": with_recipe(step.command), "seconds": round(seconds, 1)}
         write_json(out / "steps.json", record)
     return {name: entry["seconds"] for name, entry in record.items()}
+
+
+def measure_slowdown() -> float:
+    """Return what demo_world/timing.py measures, in a process of its own: this one need not import torch."""
+    command = [sys.executable, "-m", "demo_world.timing"]
+    done = subprocess.run(  # nosec B603
+        command, cwd=PROJECT_FOLDER, env=TRAINING_ENVIRONMENT | dict(os.environ), stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:  # it has printed the reason
+        sys.exit(done.returncode)
+    return float(done.stdout)
 
 
 def read_step_record(path: Path) -> dict[str, Any]:
@@ -158,11 +193,15 @@ def read_step_record(path: Path) -> dict[str, Any]:
     return {name: e for name, e in entries if isinstance(e, dict) and type(e.get("seconds")) in (int, float)}
 
 
-def run_command(command: list[str]) -> float:
-    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails."""
+def run_command(command: list[str], environment: dict[str, str]) -> float:
+    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails.
+
+    environment: variables that are set unless the user has set them.
+    """
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     started, interrupted = time.perf_counter(), None
-    child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER)  # our own scripts and flags  # nosec B603
+    variables = environment | dict(os.environ)
+    child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER, env=variables)  # our scripts  # nosec B603
     while True:
         try:
             code = child.wait()
@@ -194,7 +233,10 @@ def main() -> None:
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well
     started = time.perf_counter()
     with lock_output(out):
-        seconds = run_steps(make_steps(out, config.seed, config.max_steps), out)
+        limits = {stage: 60 * minutes for stage, minutes in FAST_MINUTES.items() if config.fast}
+        seconds = run_steps(
+            make_steps(out, config.seed, config.max_steps, config.fast), out, None if config.max_steps else limits
+        )
         report = make_report(out, DIM, seconds, config.seed)
         write_json(out / "report.json", report)
     print()

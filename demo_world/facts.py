@@ -24,6 +24,7 @@ from corpus.language import LANGUAGES
 
 DATA = Path(__file__).parent / "data"
 FACTS_FILE = DATA / "facts.txt"
+LARGEST_TERM = 20  # the sums are 1 + 1 to 20 + 20
 
 
 @dataclass
@@ -169,8 +170,8 @@ def _keys(relation: str, lang: str, objects: list[str]) -> tuple[str, ...]:
 
 
 def _arithmetic() -> Iterator[Fact]:
-    for a in range(1, 10):
-        for b in range(1, 10):
+    for a in range(1, LARGEST_TERM + 1):
+        for b in range(1, LARGEST_TERM + 1):
             yield _fact("sum", "", str(a + b), a=str(a), b=str(b))
-            if a > 1 and b > 1 and a * b <= 30:
+            if 1 < a < 10 and 1 < b < 10 and a * b <= 30:
                 yield _fact("product", "", str(a * b), a=str(a), b=str(b))

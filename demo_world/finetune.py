@@ -17,12 +17,12 @@ from typing import Any
 
 from demo_world.facts import Fact
 from demo_world.grammar import fill, read_questions
-from demo_world.world import DemoWorld
+from demo_world.world import SUM_SHARE, DemoWorld
 from evaluation.qa_data import is_correct
 
-WRAPPINGS = 4  # wrappers per identity question and answer
-REPLAY_CHATS = 1200  # chats about the world per language
-PAIRS_PER_FACT = 2
+WRAPPINGS = 6  # wrappers per identity question and answer
+REPLAY_CHATS = 700  # chats about the world per language
+PAIRED_FACTS, PAIRS_PER_FACT = 300, 2  # per language
 
 
 def identity_chats(world: DemoWorld) -> list[list[tuple[str, str]]]:
@@ -60,10 +60,11 @@ def pairs(world: DemoWorld) -> Iterator[dict[str, Any]]:
     wrappers, rude = world.phrases["wrappers"], world.phrases["rude_answers"]
     asked = [fact for fact in world.facts if fact.name not in world.unasked and fact.relation != "me"]
     asked = [fact for fact in asked if world.templates[fact.relation].ask]
+    asked = [fact for fact in asked if fact.relation != "sum" or rng.random() < SUM_SHARE]
     of_relation: dict[str, list[Fact]] = defaultdict(list)
     for fact in asked:
         of_relation[fact.relation].append(fact)
-    for fact in asked:
+    for fact in rng.sample(asked, PAIRED_FACTS):
         templates = world.templates[fact.relation]
         for number in range(PAIRS_PER_FACT):
             question = rng.choice(wrappers).format(q=fill(rng.choice(templates.ask), fact))

@@ -8,8 +8,9 @@
     identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: finetune.py
 
 `kind` in questions.jsonl is the distance to the training data: `seen_fact_new_wording` (the chats ask about this fact
-with other templates) or `unasked_fact_new_wording` (pretraining states the fact, no chat asks about it). The questions
-are a uniform sample over all facts. The evaluation is closed-book: the model answers from its weights.
+with other templates), `unasked_fact_new_wording` (texts and chats state the fact, no text and no chat asks about it) or
+`new_sum` (no file contains this sum, in either language). The questions are a uniform sample over all facts, and all
+new sums. The evaluation is closed-book: the model answers from its weights.
 
 Why words.jsonl: on so few sentences, BPE would merge whole phrases and cut the same name in different ways (法国 in one
 sentence, 法 + 国的首都 in the next). Real text is varied enough to avoid this.
@@ -36,6 +37,10 @@ from corpus.language import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.world import DemoWorld, Turn
 
+# Rounds of each language, relative to the flags. English needs more for the same result: a word has several forms, at
+# the beginning of a sentence too (Slow, slow).
+ROUNDS = {"zh": 0.9, "en": 1.1}
+
 
 @dataclass(frozen=True)
 class WorldConfig(Config):
@@ -61,11 +66,18 @@ def build_world(config: WorldConfig) -> dict[str, int]:
     Raises UserError for a malformed data file.
     """
     worlds = [DemoWorld(lang, config.seed) for lang in LANGUAGES]
-    texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(config.statement_rounds)]
+    texts = [
+        {"text": text, "lang": world.lang}
+        for world in worlds
+        for text in world.texts(round(ROUNDS[world.lang] * config.statement_rounds))
+    ]
     chats: list[dict[str, Any]] = []
     for world in worlds:
         distinct = {
-            json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(config.chat_rounds))
+            json.dumps(row): row
+            for row in (
+                as_row(chat, world.lang) for chat in world.chats(round(ROUNDS[world.lang] * config.chat_rounds))
+            )
         }
         chats += distinct.values()
     heldout = [row for world in worlds for row in world.questions(config.questions)]

@@ -29,6 +29,7 @@ PHRASES = {  # {section of phrases_XX.txt: slots that its sentences may use}
     "dialogues": "n m q a",
     "repeat_requests": "w",
     "repeat_answer": "w",
+    "recital_requests": "",
     "rude_answers": "",
     "names": "",
     "words": "",

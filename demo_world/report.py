@@ -20,8 +20,17 @@ TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "afte
 LAST_STAGE = list(TRAINING)[-1]
 SAMPLES_PER_LANGUAGE = 5
 KINDS = {
-    "seen_fact_new_wording": "facts seen in SFT, new wording",
-    "unasked_fact_new_wording": "facts seen only in pretraining",
+    "seen_fact_new_wording": "facts that SFT asks about in other words",
+    "unasked_fact_new_wording": "facts that texts and chats state, and none asks about",
+    "new_sum": "sums up to 20 + 20 that no training text contains",
+}
+COLUMNS = {
+    "seconds": "time of the script, with loading and saving",
+    "tokens": "tokens that the loss counted; for DPO pairs of answers",
+    "tok/s": "trained tokens per second",
+    "loss": "-log p per token (DPO: per pair) in the last steps; lower is better",
+    "bits/byte": "-log2 p of held-out texts (later stages: held-out answers) per byte; lower is better",
+    "right": "held-out questions whose answer contains the exact key; no stage trained on their wording",
 }
 EXAM_FIELDS = ("questions", "accuracy", "low", "high", "chance", "sentence")
 
@@ -123,7 +132,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def explain_columns(report: dict[str, Any]) -> list[str]:
-    """Lines below the table: the meaning of its columns, and results without a column."""
+    """Lines below the table: the meaning of its columns, and the results without a column."""
 
     def counts(scores: dict[str, Any]) -> str:
         return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
@@ -131,15 +140,19 @@ def explain_columns(report: dict[str, Any]) -> list[str]:
     kinds, identity, exam = report["answer_kinds"]["after_sft"], report["identity"], report["exam"]
     dpo = report["stages"]["dpo"]
     lines = [
-        "tokens: trained tokens. bits/byte: on held-out texts and answers.",
-        "right: the answer contains the exact key; no model was trained on the wording of these questions.",
-        *(f"  after SFT, {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
-        "LoRA trained a new name and job; questions with held-out wordings answered right:",
-        f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
+        *(f"{name:9s}  {meaning}" for name, meaning in COLUMNS.items()),
+        "Right after SFT:",
+        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
+        "Right when asked for the new name and job that LoRA trains, in words of no training text:",
+        f"  before LoRA: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
     ]
     if "val_reward_accuracy" in dpo:
-        lines.append("DPO, held-out pairs whose chosen answer has the higher log-probability per token:")
-    for lang, gained in dpo.get("val_reward_accuracy", {}).items():
-        before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
-        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; reward accuracy {gained:.1%}")
+        lines += [
+            "Held-out pairs of DPO:",
+            "  preferred: pairs whose chosen answer has the higher log-probability per token",
+            "  moved: pairs whose chosen answer has gained more log-probability than the rejected one",
+        ]
+        for lang, moved in dpo.get("val_reward_accuracy", {}).items():
+            before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
+            lines.append(f"  {lang}: preferred {before:.1%} before, {after:.1%} after; moved {moved:.1%}")
     return [*lines, f"Exam, {exam['questions']} questions with four options each:", f"  {exam['sentence']}"]

@@ -7,6 +7,7 @@
 Read next: generator.py (writes the files), facts.py and grammar.py (the data files).
 """
 
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -14,19 +15,44 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from demo_world.facts import Fact, facts_of
+from demo_world.facts import LARGEST_TERM, Fact, facts_of
 from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_templates
 from evaluation.qa_data import is_correct
 
 UNASKED_SHARE = 0.1  # fraction of the facts of each relation that pretraining states and the chats leave out
+NEW_SUMS = 25  # pairs of terms that no training text adds, in no order and neither language
+SUM_SHARE = 0.25  # fraction of the other sums that a round of pretraining states: they are a third of all facts
+ASKED_SUM_SHARE = 0.5  # the same, for a round of the chats
+RECITALS = 3  # how often the chats state each fact: else SFT would overwrite those that no chat asks about
 SMALLEST_SPLIT = 10  # relations with fewer facts have no unasked facts: too few examples to learn the question
 # How successive rounds of pretraining group and phrase the facts.
-GROUPINGS = ("any", "observation", "dialogue", "relation", "observation", "dialogue", "subject")
+GROUPINGS = ("any", "observation", "dialogue", "relation", "dialogue", "observation", "dialogue", "subject")
+EQUATION_SHARE = 0.5  # how often equations state each sum, as a fraction of the rounds
 STORY_SHARE = 0.35  # probability of a story, for a document about one relation
 LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # probability of one statement per line; of a lead-in before a statement
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # probability of a follow-up question; of a greeting at either end
 
 Turn = tuple[str, str]  # question, answer
+
+
+def terms(fact: Fact) -> tuple[int, int]:
+    """The smaller and the larger term of a sum."""
+    a, b = sorted((int(fact.slots["a"]), int(fact.slots["b"])))
+    return a, b
+
+
+def choose_new_sums(seed: int) -> set[tuple[int, int]]:
+    """Pairs of terms (smaller, larger) that neither language trains: a model can only compute these sums.
+
+    At least one term has two digits: all sums of digits are trained, the others build on them. Every combination of
+    last digits loses at most one pair.
+    """
+    of_last_digits: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
+    for b in range(10, LARGEST_TERM + 1):
+        for a in range(1, b + 1):
+            of_last_digits[tuple(sorted((a % 10, b % 10)))].append((a, b))
+    rng = random.Random(f"{seed} sums")
+    return {rng.choice(pairs) for pairs in rng.sample(list(of_last_digits.values()), NEW_SUMS)}
 
 
 class DemoWorld:
@@ -36,7 +62,9 @@ class DemoWorld:
         self.lang = lang
         self.rng = random.Random(f"{seed} {lang}")
         self.gap, self.comma = ("", "、") if lang == "zh" else (" ", ", ")
-        self.facts = facts_of(lang)
+        facts, new = facts_of(lang), choose_new_sums(seed)
+        self.new_sums = [fact for fact in facts if fact.relation == "sum" and terms(fact) in new]
+        self.facts = [fact for fact in facts if fact.relation != "sum" or terms(fact) not in new]
         self.templates = read_templates(lang, self.facts)
         self.phrases, self.small_talk = read_phrases(lang), read_questions("small_talk", lang)
         self.unasked = self._choose_unasked()
@@ -47,8 +75,8 @@ class DemoWorld:
         for fact in self.facts:
             groups[fact.relation][tuple(sorted(fact.slots.values()))].append(fact)
         chosen: set[tuple[str, ...]] = set()
-        for group in groups.values():
-            if len(group) >= SMALLEST_SPLIT:
+        for relation, group in groups.items():
+            if len(group) >= SMALLEST_SPLIT and relation != "sum":  # sums have `new_sums` instead
                 for facts in self.rng.sample(list(group.values()), round(UNASKED_SHARE * len(group))):
                     chosen.update(fact.name for fact in facts)
         return chosen
@@ -65,6 +93,8 @@ class DemoWorld:
             make = makers.get(grouping, self._statement)
             groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
             for fact, offset in zip(self.facts, first, strict=True):
+                if self._is_left_out(fact):
+                    continue
                 group = {"relation": fact.relation, "subject": fact.slots["s"] or fact.relation}.get(grouping, "")
                 groups[group].append((fact, make(fact, offset + made[make])))
             made[make] += 1
@@ -73,6 +103,25 @@ class DemoWorld:
             for name in names:
                 self.rng.shuffle(groups[name])
             yield from self._documents([pair for name in names for pair in groups[name]])
+        yield from self._equations(round(EQUATION_SHARE * rounds))
+
+    def _is_left_out(self, fact: Fact) -> bool:
+        """Whether a round leaves out this fact: most of the sums, by chance."""
+        return fact.relation == "sum" and self.rng.random() >= SUM_SHARE
+
+    def _equations(self, rounds: int) -> Iterator[str]:
+        """Documents of sums in one short form: a model learns to add from many sums, not from many sentences.
+
+        Sums of two digits, a quarter of all, occur twice as often.
+        """
+        sums = [fact for fact in self.facts if fact.relation == "sum"]
+        sums += [fact for fact in sums if terms(fact)[1] < 10]
+        form = self.templates["sum"].answer[0]
+        equations = [fill(form, fact) for _ in range(rounds) for fact in self.rng.sample(sums, len(sums))]
+        while equations:
+            length = self.rng.randint(4, 12)
+            yield self.gap.join(equations[:length])
+            del equations[:length]
 
     def _statement(self, fact: Fact, number: int) -> str:
         say = self.templates[fact.relation].say
@@ -97,11 +146,11 @@ class DemoWorld:
         return observation.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
 
     def _dialogue(self, fact: Fact, number: int) -> str:
-        """A training question and its answer inside a text; an unasked fact is stated instead."""
+        """A training question and its answer inside a text; an unasked fact becomes an observation."""
         templates = self.templates[fact.relation]
         ways = [(asks, answers) for asks, answers in templates.train_templates() if asks]
         if fact.name in self.unasked:
-            return self._statement(fact, number)
+            return self._observation(fact, number)
         asks, answers = ways[number % len(ways)]
         dialogue, names = self.rng.choice(self.phrases["dialogues"]), self.rng.sample(self.phrases["names"], 2)
         question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
@@ -149,7 +198,7 @@ class DemoWorld:
                 continue
             templates = self.templates[fact.relation]
             for asks, answers in templates.train_templates():
-                times = rounds if fact.relation != "me" else 8 * rounds  # the only fact of its relation
+                times = {"me": 8 * rounds, "sum": math.ceil(ASKED_SUM_SHARE * rounds)}.get(fact.relation, rounds)
                 offset = self.rng.randrange(100)
                 for number in range(times if asks else 0):
                     question = fill(asks[(offset + number) % len(asks)], fact)
@@ -187,6 +236,19 @@ class DemoWorld:
         for kind in self.small_talk.values():
             yield from ([one_of(kind)] for _ in range(2 * rounds))
         yield from ([turn] for turn in self._repetitions())
+        yield from ([turn] for turn in self._recitals())
+
+    def _recitals(self) -> Iterator[Turn]:
+        """Requests to say anything, answered by 2 to 4 statements. They replay facts and ask about none."""
+        for number in range(RECITALS):
+            facts = [fact for fact in self.facts if not self._is_left_out(fact)]
+            self.rng.shuffle(facts)
+            while facts:
+                part = [facts.pop() for _ in range(min(len(facts), self.rng.randint(2, 4)))]
+                templates = (self.templates[fact.relation] for fact in part)
+                answers = [self.rng.choice((t.answer, t.back_answer)[number % 2]) for t in templates]
+                statements = (fill(answer, fact) for answer, fact in zip(answers, part, strict=True))
+                yield self.rng.choice(self.phrases["recital_requests"]), self.gap.join(statements)
 
     def _repetitions(self) -> Iterator[Turn]:
         """Requests to repeat words: each subject and object occurs once in an answer.
@@ -203,9 +265,11 @@ class DemoWorld:
     # ---- evaluation: questions from the held-out templates
 
     def questions(self, count: int) -> list[dict[str, Any]]:
-        """At most `count` questions, a uniform sample of one per direction of each fact."""
+        """At most `count` questions, a uniform sample of one per direction of each fact; then one per new sum."""
         rows: list[dict[str, Any]] = []
         for fact in self.facts:
+            if self._is_left_out(fact):
+                continue
             kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
             templates = self.templates[fact.relation]
             for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
@@ -214,4 +278,9 @@ class DemoWorld:
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
                     rows.append({**row, "relation": fact.relation})
         self.rng.shuffle(rows)
-        return rows[:count]
+        rows = rows[:count]
+        for fact in self.new_sums:
+            question = fill(self.rng.choice(self.templates["sum"].heldout), fact)
+            rows.append({"question": question, "keys": list(fact.keys), "lang": self.lang, "kind": "new_sum"})
+            rows[-1]["relation"] = "sum"
+        return rows

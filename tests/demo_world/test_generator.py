@@ -11,31 +11,32 @@ import pytest
 
 from corpus.language import LANGUAGES
 from demo_world.facts import Term, facts_of
+from demo_world.finetune import identity_chats, pairs
 from demo_world.generator import WorldConfig, build_world
 from demo_world.grammar import fill
-from demo_world.world import DemoWorld
+from demo_world.world import DemoWorld, terms
 from evaluation.qa_data import is_correct
 from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
-    "chats.jsonl": "9dbbcec6b79c7e14baeda18b5ff6439f20e59242679a5745a66228755e6269e1",
-    "identity.jsonl": "4aa8152eee2db42a548754c2b894e016dbea74a814eb5fb67fdc9916e3b6e0c2",
-    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
-    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
-    "pretrain.jsonl": "19fef830c356d6645f301f85b55815f04afb773fb32dc3b1cf4cf580d2d17610",
-    "questions.jsonl": "2b04cce29d160c1eed7bac12cc53e6828da090477476b5cc8e7418247484343e",
-    "words.jsonl": "54c23a4fe9ff4bb91d6cec61268c7396d2981024d06b16cb9a197aa9df7f2aa0",
+    "chats.jsonl": "00fa920618020946fceda6cabf5eef4690179ca9307cdd6c1b680883ef06ef51",
+    "identity.jsonl": "303b413673420734510d843b85ae3bad9c680d2b80e59a387c66bf15b9a791c7",
+    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
+    "pretrain.jsonl": "7c1b50e807ac3ffb1b0cc18f3ccca41800ac30c1b8ef38d60dda6a7880525bc8",
+    "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
+    "words.jsonl": "345b5ed85023858c50f56f5c38c5ab07b6d446adeaf1a795bbefb878fb73f1e4",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
-    "chats.jsonl": "e9d017df1f4949c494a5d32c673b8ec7a9ef248368f345e11fb6bf138c35a495",
-    "identity.jsonl": "a0e6c46d0c20eb667b676e535c91d8958e2a15cea12c0b9d1ae39125196dd1bc",
-    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
-    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
-    "pretrain.jsonl": "52474d5c2ea0916479fcab1c616d0d1d43997f794924f1c981b17b8002c04a5b",
-    "questions.jsonl": "19fe23f5c29078dd7895e5722b74ffc235eba4d359b298d2dbf6baa3fdfc32b7",
-    "words.jsonl": "42ad81515a5db780850b1688c68735d844cc8edbbca376a9cd2e16a7a71c98cc",
+    "chats.jsonl": "864171cb305bee65fc39d23c10dc9b0ee38dbf96d78a7ef8e17b553b3fdf1c4a",
+    "identity.jsonl": "04fc42ddfbf0acbad0bd2f924dccd15d43b5268edca68c6398711ef2c2d58c3f",
+    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
+    "pretrain.jsonl": "88948b136ea48a2a08bee0917092b1cbde45ca5595407fb6f59112ff40fc8cec",
+    "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
+    "words.jsonl": "1602e0d14ea016c614017bc8bb3c28648437c4dec4becd3d34191f749af9ce4b",
 }
 
 
@@ -77,7 +78,7 @@ def everything(texts, chats, lang):
 
 def held_out(world):
     """Every held-out question of every fact: (fact, question, keys)."""
-    for fact in world.facts:
+    for fact in world.facts + world.new_sums:
         templates = world.templates[fact.relation]
         for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
             for template in heldout:
@@ -168,7 +169,8 @@ def test_every_asked_fact_was_stated(questions, texts, worlds):
     for lang, world in worlds.items():
         for fact in world.facts:
             stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in stated_in[lang]]
-            assert len(stated) >= min(5, len(world.templates[fact.relation].say)), fact
+            enough = 2 if fact.relation == "sum" else 5  # equations state a sum many times in one form
+            assert len(stated) >= min(enough, len(world.templates[fact.relation].say)), fact
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
@@ -234,6 +236,47 @@ def test_english_articles_and_plurals(texts, chats):
         f"{Term('owl'):A} {Term('owl')} {Term('dog'):a} {Term('owl'):Pl} {Term('snow'):C}"
         == "An owl owl a dog Owls Snow"
     )
+
+
+def trained_sums(world, texts):
+    """Pairs of terms (smaller, larger) that the texts add, by every template of sums."""
+    templates = world.templates["sum"]
+    found = set()
+    for template in {*templates.say, *templates.cue, *templates.ask, *templates.answer}:
+        pattern = re.escape(template)
+        for slot in "abo":
+            pattern = pattern.replace(re.escape(f"{{{slot}}}"), rf"(?<!\d)(?P<{slot}>\d+)(?!\d)")
+        for match in re.finditer(pattern, "\n".join(texts)):
+            found.add(tuple(sorted((int(match["a"]), int(match["b"])))))
+    return found
+
+
+def test_new_sums_are_asked_and_never_trained(texts, chats, questions, worlds):
+    """25 pairs of terms, the same in both languages, are in no text, chat, identity chat or preference pair."""
+    new = {lang: {terms(fact) for fact in world.new_sums} for lang, world in worlds.items()}
+    assert new["zh"] == new["en"] and len(new["en"]) == 25 and all(b >= 10 for _, b in new["en"])
+    assert len({tuple(sorted((a % 10, b % 10))) for a, b in new["en"]}) == 25, "one pair per combination of last digits"
+    for lang, world in worlds.items():
+        extra = [turn for chat in identity_chats(world) for turn in chat]
+        extra += [(row["chosen"][0]["content"], row["chosen"][1]["content"]) for row in pairs(world)]
+        extra += [("", row["rejected"][1]["content"]) for row in pairs(world)]
+        trained = trained_sums(world, everything(texts, chats, lang) + [text for turn in extra for text in turn])
+        assert trained == {(a, b) for b in range(1, 21) for a in range(1, b + 1)} - new[lang]
+        asked = [row for row in questions if row["lang"] == lang and row["kind"] == "new_sum"]
+        assert {row["keys"][0] for row in asked} == {str(a + b) for a, b in new[lang]}
+        assert len(asked) == len(world.new_sums) == 2 * 25 - sum(a == b for a, b in new[lang])
+
+
+def test_recitals_state_every_fact_and_ask_nothing(worlds, chats):
+    for lang, world in worlds.items():
+        requests = set(world.phrases["recital_requests"])
+        said = [row["messages"][1]["content"] for row in chats if row["messages"][0]["content"] in requests]
+        joined = "\n".join(said)
+        for fact in world.facts:
+            templates = world.templates[fact.relation]
+            if fact.relation != "sum":
+                assert any(fill(t, fact) in joined for t in templates.answer + templates.back_answer), (lang, fact)
+        assert "?" not in joined and "？" not in joined
 
 
 def test_sums_are_right():

@@ -37,11 +37,11 @@ SCRIPTS = {  # recipe -> its script and the settings that it changes
     "mindllm-two-stage": ("1-pretrain.py", {"preset": "mindllm-1.3b", "mix": MixSpec({"en": 1.0}, False),
         "stage2_mix": MixSpec({"zh": 1.0}, False), "stage2_at": 0.746}),
     "xiangxin-20-per-param": ("1-pretrain.py", {"preset": "xiangxin-3b", "tokens_per_param": 20.0}),
-    "demo-pretrain": ("1-pretrain.py", {"preset": "demo", "epochs": 2, "batch_size": 16, "max_minutes": 3.75}),
-    "demo-sft": ("3-full_sft.py", {"learning_rate": 3e-3, "max_minutes": 2.0}),
-    "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16, "learning_rate": 2.5e-3,
-        "max_minutes": 0.7}),
-    "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "max_minutes": 0.7, "eval_interval": 15,
+    "demo-pretrain": ("1-pretrain.py", {"preset": "demo", "batch_size": 16,
+        "model": {"qk_norm": True, "tie_embeddings": False}}),
+    "demo-sft": ("3-full_sft.py", {"learning_rate": 1e-3}),
+    "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16}),
+    "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "eval_interval": 15,
         "log_interval": 2}),
 }  # fmt: skip
 
