@@ -173,8 +173,8 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
 
 
 def measure_slowdown() -> float:
-    """Return what demo_world/timing.py measures, in a process of its own: this one need not import torch."""
-    command = [sys.executable, "-m", "demo_world.timing"]
+    """Return what demo_world/speed.py measures, in a process of its own: this one need not import torch."""
+    command = [sys.executable, "-m", "demo_world.speed"]
     done = subprocess.run(  # nosec B603
         command, cwd=PROJECT_FOLDER, env=TRAINING_ENVIRONMENT | dict(os.environ), stdout=subprocess.PIPE, text=True
     )

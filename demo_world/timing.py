@@ -1,27 +1,20 @@
 """The time that the demo needs on this machine: the seconds of a reference machine, times the slowdown of this one.
 
-    python -m demo_world.timing      prints the slowdown, for example 1.7: a training step takes 1.7 times as long here
-
 The reference machine has two cores with AVX-512, computes in fp32 and does nothing else.
-Read next: ../demo.py (prints the estimates).
+Read next: speed.py (measures the slowdown), ../demo.py (prints the estimates).
 """
 
 import math
-import statistics
-import time
 from collections.abc import Iterable, Mapping
 
 from demo_world.report import TRAINING
 
-REFERENCE_STEP = 0.333  # seconds of a step of measure_step()
 REFERENCE_SECONDS = {
     "world": 5.0, "tokenizer": 6.0, "pretrain_data": 2.0, "sft_data": 2.0, "identity_data": 1.0, "dpo_data": 1.0,
     "pretrain": 195.0, "score_pretrain": 4.0, "full_sft": 62.0, "score_full_sft": 4.0, "identity_before": 3.0,
     "lora_sft": 30.0, "identity_after": 3.0, "score_lora_sft": 4.0, "dpo": 25.0, "score_dpo": 4.0,
     "exam": 1.0, "score_exam": 4.0,
 }  # fmt: skip
-MEASURED_STEPS = 5
-ROWS = 16  # of recipes/demo-pretrain.args
 SLOW = 1.5  # a slowdown from which on the estimate says that the machine is slow
 
 
@@ -62,38 +55,3 @@ def minutes_text(seconds: float) -> str:
     if seconds >= 120:
         return f"about {seconds / 60:.0f} minutes"
     return f"about {math.ceil(seconds)} seconds" if seconds > 1 else "about 1 second"
-
-
-def measure_step() -> float:
-    """Return the seconds of a training step of the demo's model, the median of several."""
-    import torch
-
-    from common.device import autocast, keep_freed_memory, pick_device, pick_dtype
-    from model.config import PRESETS, ModelConfig
-    from model.transformer import Transformer
-    from trainer.loss import cross_entropy_sum
-    from trainer.optim import make_optimizers
-
-    keep_freed_memory()
-    device = pick_device()
-    config = ModelConfig(vocab_size=5120, qk_norm=True, tie_embeddings=False, **PRESETS["demo"])  # as the recipe
-    model = Transformer(config).to(device)
-    optimizers = make_optimizers(model, "muon", learning_rate=1e-3, weight_decay=0.1)
-    ids = torch.randint(config.vocab_size, (ROWS, config.max_seq_len + 1), device=device)
-    seconds = []
-    for _ in range(1 + MEASURED_STEPS):  # the first allocates memory
-        started = time.perf_counter()
-        with autocast(device, pick_dtype("auto", device)):
-            hidden, _ = model(ids[:, :-1])
-            loss = cross_entropy_sum(hidden, model.lm_head.weight, ids[:, 1:])
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
-
-
-if __name__ == "__main__":
-    print(round(measure_step() / REFERENCE_STEP, 2))

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import demo
-from demo_world import timing
+from demo_world import speed
 from demo_world.report import TRAINING
-from demo_world.timing import REFERENCE_SECONDS, REFERENCE_STEP, Estimate, measure_step, minutes_text
+from demo_world.timing import REFERENCE_SECONDS, Estimate, minutes_text
 
 
 @pytest.fixture
@@ -56,9 +56,15 @@ def test_trainings_end_by_steps_and_with_fast_by_time(steps):
 
 
 def test_the_slowdown_is_measured(monkeypatch):
-    monkeypatch.setattr(timing, "MEASURED_STEPS", 1)
-    monkeypatch.setattr(timing, "ROWS", 1)
-    assert 0 < measure_step() < 1000 * REFERENCE_STEP
+    monkeypatch.setattr(speed, "MEASURED_STEPS", 1)
+    monkeypatch.setattr(speed, "ROWS", 1)
+    assert 0 < speed.measure_step() < 1000 * speed.REFERENCE_STEP
+
+
+def test_the_slowdown_is_measured_on_the_model_of_the_recipe():
+    recipe = (demo.PROJECT_FOLDER / "recipes" / "demo-pretrain.args").read_text(encoding="utf-8")
+    assert "--qk_norm\n--tie_embeddings false\n" in recipe and f"--batch_size {speed.ROWS}\n" in recipe
+    assert f"--vocab_size {speed.MODEL.vocab_size}" == demo.FLAGS["tokenizer"]
 
 
 @pytest.mark.parametrize(
