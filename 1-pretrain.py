@@ -3,7 +3,8 @@
     loss = - 1/N * sum over the N tokens of a step of log p(token | the tokens before it)
 
     python 1-pretrain.py                                        defaults: 26.9 M parameters, dataset/pretrain
-    python 1-pretrain.py --max_minutes 20                       a time budget of 20 minutes
+    python 1-pretrain.py --minutes 20                           the size and the tokens that suit 20 minutes here
+    python 1-pretrain.py --max_minutes 20                       the default size for at most 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes over the data
     python 1-pretrain.py --plan --preset mindllm-1.3b           print estimates of memory, time and cost; no training
     python 1-pretrain.py --plan --presets small,mindllm-1.3b    compare these sizes in one table
@@ -17,6 +18,7 @@ Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: t
 """
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +79,7 @@ def make_model(config: PretrainConfig, tokenizer: ChatTokenizer) -> tuple[Transf
 
 
 def main() -> None:
+    start = time.monotonic() - time.process_time()  # the imports took about as long as they kept the CPU busy
     config = parse(PretrainConfig, __doc__)
     if config.plan:
         from trainer.plan import print_plan
@@ -87,10 +90,15 @@ def main() -> None:
     splits = check_data(config.data_path, "pretrain", tokenizer)
     mixture = read_mix_schedule(config.data_path, config) if config.is_mixed else None
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
+        plan = {}
+        if config.minutes:
+            from trainer.timed_run import TimedRun, describe_result
+
+            config, plan = TimedRun(config, tokenizer, compute_loss, mixture, dist, start).choose()
         model, lineage = make_model(config, tokenizer)
         seq_len = model.config.max_seq_len
         data = {split.removeprefix("val_"): PackedDataset(config.data_path, split, seq_len) for split in splits}
-        stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage)
+        stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage, plan=plan)
         if config.tokens_per_param:
             rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
             max_steps = config.steps_for_tokens(model.config, rows)
@@ -98,7 +106,9 @@ def main() -> None:
         if mixture:
             mixture = dataclasses.replace(mixture, max_steps=config.max_steps, epochs=config.epochs)
             stage.data = MixedDataset(config.data_path, mixture, seq_len)
-        train(config, stage, dist)
+        path = train(config, stage, dist)
+        if plan:
+            dist.print0(describe_result(plan, path, start))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class StopReason(Enum):
     COMPLETED = "the last step is done"
     EARLY_STOP = "the stage ends the run"
     TIME = "--max_minutes is over"
+    DEADLINE = "--minutes are over"
     SIGNAL = "SIGINT, SIGTERM or SIGHUP"
 
     def __bool__(self) -> bool:
@@ -54,7 +55,7 @@ class StopReason(Enum):
 
     @property
     def is_final(self) -> bool:
-        return self in (StopReason.COMPLETED, StopReason.EARLY_STOP)
+        return self in (StopReason.COMPLETED, StopReason.EARLY_STOP, StopReason.DEADLINE)
 
 
 @with_run_lock
@@ -110,6 +111,8 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
                     logger.log_validation(validate(engine, state, config.eval_tokens))
                 if checkpoints.is_due(state.step):
                     checkpoints.save(state)
+            if stop is StopReason.TIME and stage.plan:
+                stop = StopReason.DEADLINE
             if stop is StopReason.SIGNAL:  # which another process may have received
                 dist.stop_requested = dist.stop_requested or "SIGTERM"
             checkpoints.save(state, final=True)
@@ -281,5 +284,7 @@ def describe_stop(stop: StopReason, state: TrainState, total_steps: int, max_min
         return ""
     if stop is StopReason.EARLY_STOP:
         return f" (stopped at step {state.step} of {total_steps}: {state.objection})"
+    if stop is StopReason.DEADLINE:
+        return f" (the minutes are over at step {state.step} of {total_steps})"
     reason = f"the time limit of {max_minutes:g} minutes is reached" if stop is StopReason.TIME else stop.value
     return f" ({reason}, step {state.step} of {total_steps}; run again to resume)"

@@ -1,0 +1,68 @@
+"""Measure the seconds of a training step: real steps of the run's engine and optimizer, on random token ids.
+
+Read next: dial.py (the caller), engine.py, loop.py (train_step).
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer
+from model.transformer import Transformer
+from trainer.config import TrainConfig
+from trainer.datasets import Batch, TokenDataset, make_batch
+from trainer.distributed import DistContext
+from trainer.engine import Engine
+from trainer.loop import train_step
+from trainer.stage import ComputeLoss, Stage
+from trainer.startup import make_engine
+from trainer.train_state import micro_batch_size
+
+MAX_STEPS = 8  # timed steps of a size
+
+
+def random_batch(rows: int, model_config: ModelConfig) -> Batch:
+    """Return a batch of (rows, max_seq_len) random ids."""
+    shape = (rows, model_config.max_seq_len + 1)
+    ids = np.random.default_rng(0).integers(model_config.vocab_size, size=shape)
+    mask = np.ones((rows, model_config.max_seq_len), bool)
+    return make_batch(ids[:, :-1], np.ascontiguousarray(ids[:, 1:]), mask, np.arange(rows))
+
+
+def from_rank0(dist: DistContext, *values: float) -> list[float]:
+    """Return rank 0's values on every rank."""
+    return dist.all_reduce_sum([*values] if dist.is_rank0 else [0.0] * len(values))
+
+
+def measure_step(
+    config: TrainConfig, model_config: ModelConfig, compute_loss: ComputeLoss, tokenizer: ChatTokenizer,
+    dist: DistContext, rows_per_step: int, seconds: float,
+) -> float:  # fmt: skip
+    """Return the seconds of a step of `rows_per_step` rows: the mean of the steps that fit into `seconds`.
+
+    The first step, which allocates memory, counts only if no further one fits. All ranks get rank 0's time, and the
+    same random numbers afterwards as without the measurement.
+    """
+    stage = Stage("pretrain", Transformer(model_config), tokenizer, compute_loss, TokenDataset())
+    stage.model.activation_checkpointing = config.checkpoint_activations
+    rows = micro_batch_size(config, rows_per_step, dist.world_size)
+    batches = [random_batch(rows, model_config)] * (rows_per_step // dist.world_size // rows)
+    with make_engine(dataclasses.replace(config, compile="off"), stage, dist) as engine:
+        first = mean = timed_steps(engine, batches, 1, dist)
+        if (count := min(MAX_STEPS, int(seconds / first) - 1)) > 0:
+            mean = timed_steps(engine, batches, count, dist)
+    torch.manual_seed(config.seed)
+    return mean
+
+
+def timed_steps(engine: Engine, batches: list[Batch], count: int, dist: DistContext) -> float:
+    """Return rank 0's mean seconds of `count` training steps."""
+    start = time.monotonic()
+    for _ in range(count):
+        train_step(engine, batches)
+    if dist.device.type != "cpu":
+        getattr(torch, dist.device.type).synchronize()
+    return from_rank0(dist, (time.monotonic() - start) / count)[0]

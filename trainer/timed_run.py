@@ -1,0 +1,197 @@
+"""1-pretrain.py --minutes: measures the machine, chooses size and steps, and compares the result with the prediction.
+
+    20 minutes here: 6.1 M parameters, 9.0 M tokens, expect 1.90 bits per byte
+
+Real training steps of a small size are timed, then those of the size that seems best, until that is a measured one. The
+minutes include measuring, validation and saving. The learning rate decays by steps, or by time where training is slower
+than measured, so the run ends in time with a low learning rate. The choice is saved with the run (`Stage.plan`): a
+resumed run keeps it.
+Read next: dial.py (the choice), speed.py (the measurement), timer.py.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from common.errors import UserError
+from corpus.dataset_meta import read_meta
+from model.config import ModelConfig
+from model.parameters import count_parameters
+from model.tokenizer import ChatTokenizer
+from trainer.config import PlanConfig
+from trainer.dial import (
+    Budget,
+    Choice,
+    batch_size_for,
+    candidate_sizes,
+    choose,
+    describe_repeats,
+    interpolate_seconds,
+    read_texts,
+    size_text,
+)
+from trainer.distributed import DistContext
+from trainer.memory import machine_memory, training_memory
+from trainer.metrics import read_log_rows
+from trainer.mixing import MixSchedule
+from trainer.scaling_law import read_law
+from trainer.speed import from_rank0, measure_step
+from trainer.stage import ComputeLoss
+from trainer.train_state import read_train_state, resume_path
+
+MEASURE_FRACTION, MEASURE_SECONDS = 0.04, 8.0  # time for measuring: this fraction of the run, at most these seconds
+USABLE_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and other programs
+SAVE_SECONDS, SAVE_SPEED = 3.0, 1e8  # at the end of a run: fixed part, bytes per second
+
+ConfigT = TypeVar("ConfigT", bound=PlanConfig)
+Plan = dict[str, Any]  # what was chosen; saved with the run
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """What the choice needs. start: time.monotonic() at the start of the program."""
+
+    config: PlanConfig
+    tokenizer: ChatTokenizer
+    compute_loss: ComputeLoss
+    mixture: MixSchedule | None
+    dist: DistContext
+    start: float
+
+    def choose(self) -> tuple[Any, Plan]:
+        """Return the configuration with size and steps, and the plan. All ranks get the same.
+
+        An interrupted run of these minutes keeps its own. Raises UserError if no size fits into memory.
+        """
+        config, dist = self.config, self.dist
+        sizes: Sequence[ModelConfig] = candidate_sizes(config, self.tokenizer.vocab_size)
+        if found := interrupted_run(config, sizes):
+            size, plan, seconds_left = found
+            dist.print0(
+                f"an interrupted run of {config.minutes:g} minutes continues: {size_text(size)}, {plan['steps']:,} "
+                f"steps, {seconds_left / 60:.1f} minutes left"
+            )
+            return apply_plan(config, size, plan, seconds_left), plan
+        sizes = self.fitting_sizes(sizes)
+        measured = self.measure(sizes)
+        budget = self.budget()
+        choice = choose(sizes, interpolate_seconds(measured, budget), budget, law := read_law())
+        plan = {
+            "minutes": config.minutes, "steps": choice.steps, "tokens": choice.tokens,
+            "batch_size": batch_size_for(config, choice.size), "eval_tokens": choice.eval_tokens,
+            "train_seconds": round(choice.train_seconds, 3), "bits_per_byte": round(choice.bits_per_byte, 3),
+        }  # fmt: skip
+        for line in (*choice_lines(choice, measured, budget, law.text), describe_repeats(choice.tokens, budget.texts)):
+            if line:
+                dist.print0(line)
+        return apply_plan(config, choice.size, plan, choice.train_seconds), plan
+
+    def budget(self) -> Budget:
+        """Return what is left of the minutes now, for training and validation. The same on all ranks."""
+        seconds = 60 * self.config.minutes - (time.monotonic() - self.start) - SAVE_SECONDS
+        splits = [name for name in read_meta(self.config.data_path)["splits"] if name != "train"]
+        texts = read_texts(self.config.data_path, self.mixture)
+        (seconds,) = from_rank0(self.dist, max(seconds, 1.0))
+        return Budget(seconds, texts, len(splits), self.config, self.dist.world_size)
+
+    def fitting_sizes(self, sizes: Sequence[ModelConfig]) -> Sequence[ModelConfig]:
+        """Return the sizes whose training fits into memory; a size that the user gives is not checked."""
+        (memory,) = from_rank0(self.dist, USABLE_MEMORY_FRACTION * usable_memory(self.dist))
+        fitting = [size for size in sizes if needed_memory(self.config, size, self.dist) <= memory]
+        if not fitting and len(sizes) > 1:
+            raise UserError(f"no size fits into {memory / 1e9:.1f} GB of memory: use a smaller --batch_size")
+        return fitting if len(sizes) > 1 else sizes
+
+    def measure(self, sizes: Sequence[ModelConfig]) -> dict[ModelConfig, float]:
+        """Return the seconds of a training step of the smallest size, and of those that then seem best, one by one."""
+        law, budget, measured = read_law(), self.budget(), dict[ModelConfig, float]()
+        left = min(MEASURE_SECONDS, 60 * MEASURE_FRACTION * self.config.minutes)
+        size = sizes[0]
+        while size not in measured:
+            rows = budget.step_tokens(size) // size.max_seq_len
+            config = dataclasses.replace(self.config, batch_size=batch_size_for(self.config, size))
+            start = time.monotonic()
+            measured[size] = measure_step(
+                config, size, self.compute_loss, self.tokenizer, self.dist, rows, left / 3 if len(sizes) > 1 else left
+            )
+            left -= from_rank0(self.dist, time.monotonic() - start)[0]
+            step_seconds = interpolate_seconds(measured, budget)
+            best = choose(sizes, step_seconds, budget, law).size
+            if 2 * step_seconds(best) > left:
+                break
+            size = best
+        return measured
+
+
+def choice_lines(choice: Choice, measured: Mapping[ModelConfig, float], budget: Budget, text: str) -> list[str]:
+    """Return the line of the choice, and one about what it is based on."""
+    speeds = ", ".join(
+        f"{count_parameters(size).total / 1e6:.1f} M {budget.step_tokens(size) / seconds:,.0f}"
+        for size, seconds in measured.items()
+    )
+    expected = "no prediction for MoE" if choice.size.use_moe else f"expect {choice.bits_per_byte:.2f} bits per byte"
+    tokens = f"{choice.tokens / 1e6:.1f} M tokens"
+    return [
+        f"{budget.config.minutes:g} minutes here: {size_text(choice.size)}, {tokens}, {expected}",
+        f"measured tokens/s: {speeds}; the prediction is for text as in docs/size_sweep.csv ({text})",
+    ]
+
+
+def apply_plan(config: ConfigT, size: ModelConfig, plan: Plan, train_seconds: float) -> ConfigT:
+    """Return the configuration of the planned run: size, steps, batch, validation and time limit."""
+    fields = {name: value for name, value in size.to_dict().items() if name not in ("vocab_size", "rope_scaling")}
+    return dataclasses.replace(
+        config, preset=None, model=fields, minutes=0.0, max_steps=plan["steps"], max_minutes=train_seconds / 60,
+        batch_size=plan["batch_size"], eval_tokens=plan["eval_tokens"],
+    )  # fmt: skip
+
+
+def interrupted_run(config: PlanConfig, sizes: Sequence[ModelConfig]) -> tuple[ModelConfig, Plan, float] | None:
+    """Return size, plan and seconds left of an interrupted run of these minutes and one of these sizes, or None."""
+    for folder in sorted(Path(config.out_dir).glob("pretrain_*.resume")):
+        found = read_train_state(config, folder.with_suffix(".pth"))
+        plan = found[1].identity.get("plan") if found else None
+        for size in sizes:
+            if found and plan and plan["minutes"] == config.minutes and found[1].identity["config"] == size.to_dict():
+                return size, plan, max(plan["train_seconds"] - found[1].seconds, 1.0)
+    return None
+
+
+def usable_memory(dist: DistContext) -> float:
+    """Return the bytes that a process may use: of its GPU, or its share of the main memory."""
+    if dist.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(dist.device)[0])
+    return machine_memory() / dist.world_size
+
+
+def needed_memory(config: PlanConfig, size: ModelConfig, dist: DistContext) -> float:
+    """Return the estimated bytes of a process that trains this size."""
+    return training_memory(
+        size, batch_size_for(config, size), size.max_seq_len, optimizer=config.optimizer,
+        compute_bytes=dist.dtype.itemsize, parallel=config.parallel, processes=dist.world_size,
+        recompute=config.checkpoint_activations, device=dist.device.type,
+    ).total  # fmt: skip
+
+
+def describe_result(plan: Plan, path: Path, start: float) -> str:
+    """Return the line that compares a complete run with its plan, from its log; "" if the run is not complete."""
+    scored = [row for row in read_log_rows(path.with_suffix(".jsonl"), plan["steps"]) if row.get("bits_per_byte")]
+    if resume_path(path).exists() or not scored:
+        return ""
+    by_split, tokens = scored[-1]["bits_per_byte"], scored[-1]["tokens"]
+    reached = sum(by_split.values()) / len(by_split)
+    expected = plan["bits_per_byte"]
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in by_split.items())
+    slower = "" if tokens > 0.98 * plan["tokens"] else (
+        f"; training was slower than measured: {tokens / plan['tokens']:.0%} of the planned tokens"
+    )  # fmt: skip
+    minutes = f"{(time.monotonic() - start) / 60:.1f} of {plan['minutes']:g} minutes"
+    return (
+        f"predicted {expected:.2f}, reached {reached:.2f} bits per byte ({parts}), {reached / expected - 1:+.1%}, "
+        f"after {minutes}{slower}"
+    )
