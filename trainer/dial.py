@@ -48,7 +48,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Choice:
-    """A size and the run that fits. eval_tokens: as the flag. train_seconds: until the end of the last step."""
+    """A size and the run that fits. eval_tokens: as the flag. train_seconds: until the end of the last step.
+
+    bits_per_byte: predicted; 0 for MoE, because the law is one of dense models.
+    """
 
     size: ModelConfig
     steps: int
@@ -71,10 +74,11 @@ def longest_run(size: ModelConfig, step_seconds: float, budget: Budget, law: Sca
     validation = budget.splits * eval_tokens * seconds_per_token
     train_seconds = max(budget.seconds - 8 * validation, step_seconds)
     per_step = step_seconds + validation / budget.config.eval_interval
-    steps = max(1, int((1 - SPARE_FRACTION) * train_seconds / per_step))
-    tokens = steps * step_tokens
-    expected = law.bits_per_byte(size, effective_tokens(tokens, budget.texts.values()))
-    return Choice(size, steps, tokens, eval_tokens, train_seconds, expected)
+    steps = (1 - SPARE_FRACTION) * (budget.seconds - 8 * validation) / per_step  # below 1: not even one fits
+    whole = max(1, int(steps))
+    tokens = step_tokens * (whole if steps > 1 else max(steps, 1e-6))
+    expected = 0.0 if size.use_moe else law.bits_per_byte(size, effective_tokens(tokens, budget.texts.values()))
+    return Choice(size, whole, whole * step_tokens, eval_tokens, train_seconds, expected)
 
 
 def choose(sizes: Sequence[ModelConfig], step_seconds: StepSeconds, budget: Budget, law: ScalingLaw) -> Choice:
@@ -134,8 +138,21 @@ def size_text(size: ModelConfig) -> str:
     return f"{count_parameters(size).total / 1e6:.1f} M parameters"
 
 
+def choice_text(choice: Choice) -> str:
+    """Return the choice in a few words, as "6.1 M parameters, 9.0 M tokens, expect 1.90 bits per byte"."""
+    expected = f"expect {choice.bits_per_byte:.2f} bits per byte" if choice.bits_per_byte else "no prediction for MoE"
+    return f"{size_text(choice.size)}, {choice.tokens / 1e6:.1f} M tokens, {expected}"
+
+
+def law_text(choice: Choice, law: ScalingLaw) -> str:
+    """Return which text the prediction is for, and how far the run is from the measured ones."""
+    ratio = choice.tokens * flops_per_token(choice.size, choice.size.max_seq_len) / law.flops
+    far = f", fitted to runs of at most 1/{ratio:,.0f} of its FLOPs" if ratio > 2 else ""
+    return f"the prediction is for text as in docs/size_sweep.csv ({law.text}){far}"
+
+
 # ---- the texts -------------------------------------------------------------------------------------------------------
-def read_texts(data_path: str, mixture: MixSchedule | None) -> Texts:
+def texts_of_run(data_path: str, mixture: MixSchedule | None) -> Texts:
     """Return the texts of a run. Without a mixture all training data is one text."""
     if mixture is None:
         return {"the data": (1.0, read_meta(data_path)["splits"]["train"]["tokens"])}

@@ -85,7 +85,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
     batches = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
     throughput = Throughput(stage, dist)
-    timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
+    timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist, bool(stage.plan))
     stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
     numbers = range(state.step, state.step if stop else total_steps)
     with engine, logger, CheckpointWriter(config, stage, engine, guard, saved is not None) as checkpoints:
@@ -111,8 +111,6 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
                     logger.log_validation(validate(engine, state, config.eval_tokens))
                 if checkpoints.is_due(state.step):
                     checkpoints.save(state)
-            if stop is StopReason.TIME and stage.plan:
-                stop = StopReason.DEADLINE
             if stop is StopReason.SIGNAL:  # which another process may have received
                 dist.stop_requested = dist.stop_requested or "SIGTERM"
             checkpoints.save(state, final=True)
@@ -275,7 +273,9 @@ def stop_reason(state: TrainState, total_steps: int, timer: TrainingTimer, stop_
         return StopReason.COMPLETED
     if stop_requests:
         return StopReason.SIGNAL
-    return StopReason.TIME if timer.is_expired else StopReason.NONE
+    if timer.is_expired:
+        return StopReason.DEADLINE if timer.is_final else StopReason.TIME
+    return StopReason.NONE
 
 
 def describe_stop(stop: StopReason, state: TrainState, total_steps: int, max_minutes: float) -> str:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model.config import ModelConfig
 from model.parameters import count_parameters
@@ -43,7 +44,7 @@ LADDER = (
 )
 
 
-def ladder_fields(rung: tuple[int, int, int, int]) -> dict[str, int]:
+def ladder_fields(rung: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return the fields of ModelConfig of an entry of LADDER."""
     dim, layers, kv_heads, context = rung
     heads = dim // 64
@@ -52,7 +53,10 @@ def ladder_fields(rung: tuple[int, int, int, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """The five coefficients, the name of N (a field of ParameterCount), and the text that the points were scored on."""
+    """The five coefficients, and what they were fitted to.
+
+    parameters: what N counts, a field of ParameterCount. flops: of the longest run. text: the held-out text.
+    """
 
     parameters: str
     E: float
@@ -60,6 +64,7 @@ class ScalingLaw:
     alpha: float
     B: float
     beta: float
+    flops: float = math.inf
     text: str = ""
 
     def bits_per_byte(self, config: ModelConfig, tokens: float) -> float:

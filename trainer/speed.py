@@ -21,7 +21,7 @@ from trainer.stage import ComputeLoss, Stage
 from trainer.startup import make_engine
 from trainer.train_state import micro_batch_size
 
-MAX_STEPS = 8  # timed steps of a size
+MAX_TIMED_STEPS = 8  # timed steps of a size
 
 
 def random_batch(rows: int, model_config: ModelConfig) -> Batch:
@@ -43,7 +43,7 @@ def measure_step(
 ) -> float:  # fmt: skip
     """Return the seconds of a step of `rows_per_step` rows: the mean of the steps that fit into `seconds`.
 
-    The first step, which allocates memory, counts only if no further one fits. All ranks get rank 0's time, and the
+    The first step, which allocates memory, counts only if it alone takes longer. All ranks get rank 0's time, and the
     same random numbers afterwards as without the measurement.
     """
     stage = Stage("pretrain", Transformer(model_config), tokenizer, compute_loss, TokenDataset())
@@ -52,8 +52,8 @@ def measure_step(
     batches = [random_batch(rows, model_config)] * (rows_per_step // dist.world_size // rows)
     with make_engine(dataclasses.replace(config, compile="off"), stage, dist) as engine:
         first = mean = timed_steps(engine, batches, 1, dist)
-        if (count := min(MAX_STEPS, int(seconds / first) - 1)) > 0:
-            mean = timed_steps(engine, batches, count, dist)
+        if first < seconds:
+            mean = timed_steps(engine, batches, max(1, min(MAX_TIMED_STEPS, int(seconds / first) - 1)), dist)
     torch.manual_seed(config.seed)
     return mean
 

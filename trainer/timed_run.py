@@ -11,7 +11,7 @@ Read next: dial.py (the choice), speed.py (the measurement), timer.py.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,14 +26,15 @@ from model.tokenizer import ChatTokenizer
 from trainer.config import PlanConfig
 from trainer.dial import (
     Budget,
-    Choice,
     batch_size_for,
     candidate_sizes,
+    choice_text,
     choose,
     describe_repeats,
     interpolate_seconds,
-    read_texts,
+    law_text,
     size_text,
+    texts_of_run,
 )
 from trainer.distributed import DistContext
 from trainer.memory import machine_memory, training_memory
@@ -48,7 +49,7 @@ MEASURE_FRACTION, MEASURE_SECONDS = 0.04, 8.0  # time for measuring: this fracti
 USABLE_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and other programs
 SAVE_SECONDS, SAVE_SPEED = 3.0, 1e8  # at the end of a run: fixed part, bytes per second
 
-ConfigT = TypeVar("ConfigT", bound=PlanConfig)
+RunConfigT = TypeVar("RunConfigT", bound=PlanConfig)
 Plan = dict[str, Any]  # what was chosen; saved with the run
 
 
@@ -84,18 +85,23 @@ class TimedRun:
         plan = {
             "minutes": config.minutes, "steps": choice.steps, "tokens": choice.tokens,
             "batch_size": batch_size_for(config, choice.size), "eval_tokens": choice.eval_tokens,
-            "train_seconds": round(choice.train_seconds, 3), "bits_per_byte": round(choice.bits_per_byte, 3),
+            "train_seconds": choice.train_seconds, "bits_per_byte": choice.bits_per_byte,
         }  # fmt: skip
-        for line in (*choice_lines(choice, measured, budget, law.text), describe_repeats(choice.tokens, budget.texts)):
-            if line:
-                dist.print0(line)
+        speeds = (
+            f"{count_parameters(size).total / 1e6:.1f} M {budget.step_tokens(size) / seconds:,.0f}"
+            for size, seconds in measured.items()
+        )
+        dist.print0(f"{config.minutes:g} minutes here: {choice_text(choice)}")
+        dist.print0(f"measured tokens/s: {', '.join(speeds)}; {law_text(choice, law)}")
+        if repeats := describe_repeats(choice.tokens, budget.texts):
+            dist.print0(repeats)
         return apply_plan(config, choice.size, plan, choice.train_seconds), plan
 
     def budget(self) -> Budget:
         """Return what is left of the minutes now, for training and validation. The same on all ranks."""
         seconds = 60 * self.config.minutes - (time.monotonic() - self.start) - SAVE_SECONDS
         splits = [name for name in read_meta(self.config.data_path)["splits"] if name != "train"]
-        texts = read_texts(self.config.data_path, self.mixture)
+        texts = texts_of_run(self.config.data_path, self.mixture)
         (seconds,) = from_rank0(self.dist, max(seconds, 1.0))
         return Budget(seconds, texts, len(splits), self.config, self.dist.world_size)
 
@@ -128,21 +134,7 @@ class TimedRun:
         return measured
 
 
-def choice_lines(choice: Choice, measured: Mapping[ModelConfig, float], budget: Budget, text: str) -> list[str]:
-    """Return the line of the choice, and one about what it is based on."""
-    speeds = ", ".join(
-        f"{count_parameters(size).total / 1e6:.1f} M {budget.step_tokens(size) / seconds:,.0f}"
-        for size, seconds in measured.items()
-    )
-    expected = "no prediction for MoE" if choice.size.use_moe else f"expect {choice.bits_per_byte:.2f} bits per byte"
-    tokens = f"{choice.tokens / 1e6:.1f} M tokens"
-    return [
-        f"{budget.config.minutes:g} minutes here: {size_text(choice.size)}, {tokens}, {expected}",
-        f"measured tokens/s: {speeds}; the prediction is for text as in docs/size_sweep.csv ({text})",
-    ]
-
-
-def apply_plan(config: ConfigT, size: ModelConfig, plan: Plan, train_seconds: float) -> ConfigT:
+def apply_plan(config: RunConfigT, size: ModelConfig, plan: Plan, train_seconds: float) -> RunConfigT:
     """Return the configuration of the planned run: size, steps, batch, validation and time limit."""
     fields = {name: value for name, value in size.to_dict().items() if name not in ("vocab_size", "rope_scaling")}
     return dataclasses.replace(
@@ -183,15 +175,12 @@ def describe_result(plan: Plan, path: Path, start: float) -> str:
     scored = [row for row in read_log_rows(path.with_suffix(".jsonl"), plan["steps"]) if row.get("bits_per_byte")]
     if resume_path(path).exists() or not scored:
         return ""
-    by_split, tokens = scored[-1]["bits_per_byte"], scored[-1]["tokens"]
+    by_split, done = scored[-1]["bits_per_byte"], scored[-1]["step"] / plan["steps"]
     reached = sum(by_split.values()) / len(by_split)
-    expected = plan["bits_per_byte"]
     parts = ", ".join(f"{name} {value:.2f}" for name, value in by_split.items())
-    slower = "" if tokens > 0.98 * plan["tokens"] else (
-        f"; training was slower than measured: {tokens / plan['tokens']:.0%} of the planned tokens"
-    )  # fmt: skip
+    predicted, error = "", ""
+    if expected := plan["bits_per_byte"]:
+        predicted, error = f"predicted {expected:.2f}, ", f", {reached / expected - 1:+.1%}"
     minutes = f"{(time.monotonic() - start) / 60:.1f} of {plan['minutes']:g} minutes"
-    return (
-        f"predicted {expected:.2f}, reached {reached:.2f} bits per byte ({parts}), {reached / expected - 1:+.1%}, "
-        f"after {minutes}{slower}"
-    )
+    slower = f"; training was slower than measured: {done:.0%} of the steps" if done < 1 else ""
+    return f"{predicted}reached {reached:.2f} bits per byte ({parts}){error}, after {minutes}{slower}"
