@@ -107,8 +107,8 @@ def main() -> None:
             mixture = dataclasses.replace(mixture, max_steps=config.max_steps, epochs=config.epochs)
             stage.data = MixedDataset(config.data_path, mixture, seq_len)
         path = train(config, stage, dist)
-        if plan:
-            dist.print0(describe_result(plan, path, start))
+        if plan and (result := describe_result(plan, path, start)):
+            dist.print0(result)
 
 
 if __name__ == "__main__":

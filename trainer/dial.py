@@ -22,9 +22,10 @@ from trainer.throughput import flops_per_token
 
 STEP_TOKENS = 4096  # tokens per step and process of a size from the ladder, unless --batch_size is given
 FORWARD_COST = 0.4  # seconds of validation per token, as a fraction of those of training
-VALIDATION_FRACTION = 0.03  # of the run, for the final validation, at most
+VALIDATION_FRACTION = 0.04  # of the run, for the final validation, at most
+SAVE_SECONDS = 1e-7  # of the last save, per parameter
 SPARE_FRACTION = 0.03  # of the training time: small delays then do not shorten the run
-MIN_EVAL_TOKENS = 1024
+MIN_EVAL_TOKENS = 2048  # eight times as many in the final validation
 
 Texts = Mapping[str, tuple[float, int]]  # name -> (fraction of the run's tokens, tokens there are)
 StepSeconds = Callable[[ModelConfig], float]  # seconds of a training step of a size
@@ -72,13 +73,12 @@ def longest_run(size: ModelConfig, step_seconds: float, budget: Budget, law: Sca
     affordable = VALIDATION_FRACTION * budget.seconds / seconds_per_token / (8 * max(budget.splits, 1))
     eval_tokens = min(budget.config.eval_tokens, max(MIN_EVAL_TOKENS, int(affordable)))
     validation = budget.splits * eval_tokens * seconds_per_token
-    train_seconds = max(budget.seconds - 8 * validation, step_seconds)
-    per_step = step_seconds + validation / budget.config.eval_interval
-    steps = (1 - SPARE_FRACTION) * (budget.seconds - 8 * validation) / per_step  # below 1: not even one fits
+    train_seconds = budget.seconds - 8 * validation - SAVE_SECONDS * count_parameters(size).total
+    steps = (1 - SPARE_FRACTION) * train_seconds / (step_seconds + validation / budget.config.eval_interval)
     whole = max(1, int(steps))
-    tokens = step_tokens * (whole if steps > 1 else max(steps, 1e-6))
+    tokens = step_tokens * (whole if steps > 1 else max(steps, 1e-6))  # not even one step: no choice
     expected = 0.0 if size.use_moe else law.bits_per_byte(size, effective_tokens(tokens, budget.texts.values()))
-    return Choice(size, whole, whole * step_tokens, eval_tokens, train_seconds, expected)
+    return Choice(size, whole, whole * step_tokens, eval_tokens, max(train_seconds, step_seconds), expected)
 
 
 def choose(sizes: Sequence[ModelConfig], step_seconds: StepSeconds, budget: Budget, law: ScalingLaw) -> Choice:

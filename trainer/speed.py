@@ -10,14 +10,12 @@ import numpy as np
 import torch
 
 from model.config import ModelConfig
-from model.tokenizer import ChatTokenizer
-from model.transformer import Transformer
 from trainer.config import TrainConfig
-from trainer.datasets import Batch, TokenDataset, make_batch
+from trainer.datasets import Batch, make_batch
 from trainer.distributed import DistContext
 from trainer.engine import Engine
 from trainer.loop import train_step
-from trainer.stage import ComputeLoss, Stage
+from trainer.stage import Stage
 from trainer.startup import make_engine
 from trainer.train_state import micro_batch_size
 
@@ -37,19 +35,15 @@ def from_rank0(dist: DistContext, *values: float) -> list[float]:
     return dist.all_reduce_sum([*values] if dist.is_rank0 else [0.0] * len(values))
 
 
-def measure_step(
-    config: TrainConfig, model_config: ModelConfig, compute_loss: ComputeLoss, tokenizer: ChatTokenizer,
-    dist: DistContext, rows_per_step: int, seconds: float,
-) -> float:  # fmt: skip
+def measure_step(config: TrainConfig, stage: Stage, dist: DistContext, rows_per_step: int, seconds: float) -> float:
     """Return the seconds of a step of `rows_per_step` rows: the mean of the steps that fit into `seconds`.
 
     The first step, which allocates memory, counts only if it alone takes longer. All ranks get rank 0's time, and the
-    same random numbers afterwards as without the measurement.
+    same random numbers afterwards as without the measurement. The weights of stage.model change.
     """
-    stage = Stage("pretrain", Transformer(model_config), tokenizer, compute_loss, TokenDataset())
     stage.model.activation_checkpointing = config.checkpoint_activations
     rows = micro_batch_size(config, rows_per_step, dist.world_size)
-    batches = [random_batch(rows, model_config)] * (rows_per_step // dist.world_size // rows)
+    batches = [random_batch(rows, stage.model.config)] * (rows_per_step // dist.world_size // rows)
     with make_engine(dataclasses.replace(config, compile="off"), stage, dist) as engine:
         first = mean = timed_steps(engine, batches, 1, dist)
         if first < seconds:

@@ -23,7 +23,9 @@ from corpus.dataset_meta import read_meta
 from model.config import ModelConfig
 from model.parameters import count_parameters
 from model.tokenizer import ChatTokenizer
+from model.transformer import Transformer
 from trainer.config import PlanConfig
+from trainer.datasets import TokenDataset
 from trainer.dial import (
     Budget,
     batch_size_for,
@@ -42,12 +44,12 @@ from trainer.metrics import read_log_rows
 from trainer.mixing import MixSchedule
 from trainer.scaling_law import read_law
 from trainer.speed import from_rank0, measure_step
-from trainer.stage import ComputeLoss
+from trainer.stage import ComputeLoss, Stage
 from trainer.train_state import read_train_state, resume_path
 
 MEASURE_FRACTION, MEASURE_SECONDS = 0.04, 8.0  # time for measuring: this fraction of the run, at most these seconds
 USABLE_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and other programs
-SAVE_SECONDS, SAVE_SPEED = 3.0, 1e8  # at the end of a run: fixed part, bytes per second
+CLOSING_SECONDS = 3.0  # for the curves, and for what else a run does before and after its steps
 
 RunConfigT = TypeVar("RunConfigT", bound=PlanConfig)
 Plan = dict[str, Any]  # what was chosen; saved with the run
@@ -99,7 +101,7 @@ class TimedRun:
 
     def budget(self) -> Budget:
         """Return what is left of the minutes now, for training and validation. The same on all ranks."""
-        seconds = 60 * self.config.minutes - (time.monotonic() - self.start) - SAVE_SECONDS
+        seconds = 60 * self.config.minutes - (time.monotonic() - self.start) - CLOSING_SECONDS
         splits = [name for name in read_meta(self.config.data_path)["splits"] if name != "train"]
         texts = texts_of_run(self.config.data_path, self.mixture)
         (seconds,) = from_rank0(self.dist, max(seconds, 1.0))
@@ -119,12 +121,10 @@ class TimedRun:
         left = min(MEASURE_SECONDS, 60 * MEASURE_FRACTION * self.config.minutes)
         size = sizes[0]
         while size not in measured:
-            rows = budget.step_tokens(size) // size.max_seq_len
+            start, rows = time.monotonic(), budget.step_tokens(size) // size.max_seq_len
             config = dataclasses.replace(self.config, batch_size=batch_size_for(self.config, size))
-            start = time.monotonic()
-            measured[size] = measure_step(
-                config, size, self.compute_loss, self.tokenizer, self.dist, rows, left / 3 if len(sizes) > 1 else left
-            )
+            stage = Stage("pretrain", Transformer(size), self.tokenizer, self.compute_loss, TokenDataset())
+            measured[size] = measure_step(config, stage, self.dist, rows, left / min(len(sizes), 3))
             left -= from_rank0(self.dist, time.monotonic() - start)[0]
             step_seconds = interpolate_seconds(measured, budget)
             best = choose(sizes, step_seconds, budget, law).size

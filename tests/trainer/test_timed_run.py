@@ -43,8 +43,9 @@ def measured(monkeypatch):
     seen = []
 
     def pretend(flops_per_second):
-        def measure_step(config, size, compute_loss, tokenizer, dist, rows_per_step, seconds):
-            seen.append(size)
+        def measure_step(config, stage, dist, rows_per_step, seconds):
+            seen.append(size := stage.model.config)
+            torch.manual_seed(config.seed)
             return rows_per_step * size.max_seq_len * flops_per_token(size, size.max_seq_len) / flops_per_second
 
         monkeypatch.setattr(timed_run, "measure_step", measure_step)
