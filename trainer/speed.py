@@ -3,7 +3,6 @@
 Read next: dial.py (the caller), engine.py, loop.py (train_step).
 """
 
-import dataclasses
 import time
 
 import numpy as np
@@ -38,16 +37,18 @@ def from_rank0(dist: DistContext, *values: float) -> list[float]:
 def measure_step(config: TrainConfig, stage: Stage, dist: DistContext, rows_per_step: int, seconds: float) -> float:
     """Return the seconds of a step of `rows_per_step` rows: the mean of the steps that fit into `seconds`.
 
-    The first step, which allocates memory, counts only if it alone takes longer. All ranks get rank 0's time, and the
-    same random numbers afterwards as without the measurement. The weights of stage.model change.
+    The first step, which allocates memory and compiles, counts only if it alone takes longer. All ranks get rank 0's
+    time, and the same random numbers afterwards as without the measurement. The weights of stage.model change.
     """
     stage.model.activation_checkpointing = config.checkpoint_activations
     rows = micro_batch_size(config, rows_per_step, dist.world_size)
     batches = [random_batch(rows, stage.model.config)] * (rows_per_step // dist.world_size // rows)
-    with make_engine(dataclasses.replace(config, compile="off"), stage, dist) as engine:
+    with make_engine(config, stage, dist) as engine:
         first = mean = timed_steps(engine, batches, 1, dist)
         if first < seconds:
-            mean = timed_steps(engine, batches, max(1, min(MAX_TIMED_STEPS, int(seconds / first) - 1)), dist)
+            mean = timed_steps(engine, batches, 1, dist)
+            if (count := min(MAX_TIMED_STEPS, int((seconds - first) / mean) - 1)) > 0:
+                mean = timed_steps(engine, batches, count, dist)
     torch.manual_seed(config.seed)
     return mean
 

@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.parameters import count_parameters
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
+from trainer.compilation import decide_compile
 from trainer.config import PlanConfig
 from trainer.datasets import TokenDataset
 from trainer.dial import (
@@ -35,6 +36,7 @@ from trainer.dial import (
     describe_repeats,
     interpolate_seconds,
     law_text,
+    longest_run,
     size_text,
     texts_of_run,
 )
@@ -48,6 +50,7 @@ from trainer.stage import ComputeLoss, Stage
 from trainer.train_state import read_train_state, resume_path
 
 MEASURE_FRACTION, MEASURE_SECONDS = 0.04, 8.0  # time for measuring: this fraction of the run, at most these seconds
+COMPILE_SECONDS = 60.0  # of compiling, about; runs for which that is more than MEASURE_FRACTION do not compile
 USABLE_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and other programs
 CLOSING_SECONDS = 3.0  # for the curves, and for what else a run does before and after its steps
 
@@ -81,12 +84,12 @@ class TimedRun:
             )
             return apply_plan(config, size, plan, seconds_left), plan
         sizes = self.fitting_sizes(sizes)
-        measured = self.measure(sizes)
+        measured, compiles = self.measure(sizes)
         budget = self.budget()
         choice = choose(sizes, interpolate_seconds(measured, budget), budget, law := read_law())
         plan = {
             "minutes": config.minutes, "steps": choice.steps, "tokens": choice.tokens,
-            "batch_size": batch_size_for(config, choice.size), "eval_tokens": choice.eval_tokens,
+            "batch_size": batch_size_for(config, choice.size), "eval_tokens": choice.eval_tokens, "compile": compiles,
             "train_seconds": choice.train_seconds, "bits_per_byte": choice.bits_per_byte,
         }  # fmt: skip
         speeds = (
@@ -115,23 +118,40 @@ class TimedRun:
             raise UserError(f"no size fits into {memory / 1e9:.1f} GB of memory: use a smaller --batch_size")
         return fitting if len(sizes) > 1 else sizes
 
-    def measure(self, sizes: Sequence[ModelConfig]) -> dict[ModelConfig, float]:
-        """Return the seconds of a training step of the smallest size, and of those that then seem best, one by one."""
+    def measure(self, sizes: Sequence[ModelConfig]) -> tuple[dict[ModelConfig, float], str]:
+        """Return the seconds of a step of the smallest size and of those that then seem best in turn; and --compile.
+
+        Runs that are too short to compile do not, with --compile auto. In others the last size is measured once more,
+        compiled: the ratio is taken for all.
+        """
         law, budget, measured = read_law(), self.budget(), dict[ModelConfig, float]()
         left = min(MEASURE_SECONDS, 60 * MEASURE_FRACTION * self.config.minutes)
-        size = sizes[0]
-        while size not in measured:
-            start, rows = time.monotonic(), budget.step_tokens(size) // size.max_seq_len
-            config = dataclasses.replace(self.config, batch_size=batch_size_for(self.config, size))
-            stage = Stage("pretrain", Transformer(size), self.tokenizer, self.compute_loss, TokenDataset())
-            measured[size] = measure_step(config, stage, self.dist, rows, left / min(len(sizes), 3))
+        best = sizes[0]
+        while best not in measured:
+            size, start = best, time.monotonic()
+            measured[size] = self.measure_size(size, "off", left / min(len(sizes), 3))
             left -= from_rank0(self.dist, time.monotonic() - start)[0]
             step_seconds = interpolate_seconds(measured, budget)
             best = choose(sizes, step_seconds, budget, law).size
             if 2 * step_seconds(best) > left:
                 break
-            size = best
-        return measured
+        if 60 * MEASURE_FRACTION * self.config.minutes < COMPILE_SECONDS and self.config.compile == "auto":
+            return measured, "off"
+        stage, rows = self.stage(size), budget.step_tokens(size) // size.max_seq_len
+        steps = longest_run(size, measured[size], budget, law).steps
+        compiles = decide_compile(self.config, stage, self.dist, rows, steps).compile
+        ratio = self.measure_size(size, "on", COMPILE_SECONDS) / measured[size] if compiles == "on" else 1.0
+        return {size: ratio * seconds for size, seconds in measured.items()}, compiles
+
+    def measure_size(self, size: ModelConfig, compiles: str, seconds: float) -> float:
+        """Return the seconds of a step of this size, measured for about these seconds. compiles: as --compile."""
+        config = dataclasses.replace(self.config, batch_size=batch_size_for(self.config, size), compile=compiles)
+        rows = self.budget().step_tokens(size) // size.max_seq_len
+        return measure_step(config, self.stage(size), self.dist, rows, seconds)
+
+    def stage(self, size: ModelConfig) -> Stage:
+        """Return a stage with a new model of this size and without data."""
+        return Stage("pretrain", Transformer(size), self.tokenizer, self.compute_loss, TokenDataset())
 
 
 def apply_plan(config: RunConfigT, size: ModelConfig, plan: Plan, train_seconds: float) -> RunConfigT:
@@ -139,7 +159,7 @@ def apply_plan(config: RunConfigT, size: ModelConfig, plan: Plan, train_seconds:
     fields = {name: value for name, value in size.to_dict().items() if name not in ("vocab_size", "rope_scaling")}
     return dataclasses.replace(
         config, preset=None, model=fields, minutes=0.0, max_steps=plan["steps"], max_minutes=train_seconds / 60,
-        batch_size=plan["batch_size"], eval_tokens=plan["eval_tokens"],
+        batch_size=plan["batch_size"], eval_tokens=plan["eval_tokens"], compile=plan["compile"],
     )  # fmt: skip
 
 

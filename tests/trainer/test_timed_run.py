@@ -4,6 +4,7 @@ In these tests a fake measurement states the speed of the machine, and the choic
 tiny models, which take seconds on any machine.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -153,6 +154,27 @@ def test_a_size_that_does_not_fit_into_memory_is_no_candidate(monkeypatch, measu
     with one_line_error("no size fits into 0.0 GB", "--batch_size"):
         choose(10)
     assert "10 minutes here" in choose(10, *TINY_MODEL_FLAGS)[2], "a size that the user gives is trained"
+
+
+def test_a_run_that_compiles_counts_on_the_speed_of_a_compiled_step_and_a_short_run_does_not_compile(
+    monkeypatch, measured, choose
+):
+    measured(1e8)
+    uncompiled, seen = timed_run.measure_step, []
+    _, plain, _ = choose(30, *TINY_MODEL_FLAGS)
+
+    def measure_step(config, *given):
+        seen.append(config.compile)
+        return uncompiled(config, *given) / (3 if config.compile == "on" else 1)
+
+    monkeypatch.setattr(timed_run, "measure_step", measure_step)
+    monkeypatch.setattr(timed_run, "decide_compile", lambda config, *_: dataclasses.replace(config, compile="on"))
+    config, plan, _ = choose(30, *TINY_MODEL_FLAGS)
+    assert seen == ["off", "on"] and config.compile == plan["compile"] == "on" and plain["compile"] == "off"
+    assert 1.5 * plain["steps"] < plan["steps"] <= 3 * plain["steps"]
+    config, plan, _ = choose(3, *TINY_MODEL_FLAGS)
+    assert seen[2:] == ["off"] and config.compile == plan["compile"] == "off"
+    assert choose(3, *TINY_MODEL_FLAGS, "--compile", "on")[0].compile == "on", "unless the flag says so"
 
 
 def test_repeated_text_is_reported(measured, choose, pretrain_dir):
