@@ -5,6 +5,7 @@ The speed of the machine is an argument everywhere, so that nothing here depends
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from export.hf_export import hf_architecture
 from model.config import ModelConfig
 from model.parameters import count_parameters
 from model.transformer import Transformer
-from tests.helpers import load_script, one_line_error
+from tests.helpers import load_script, one_line_error, run_script
 from trainer.config import PlanConfig
 from trainer.dial import (
     FORWARD_COST,
@@ -223,3 +224,21 @@ def test_values_and_combinations_that_make_no_sense_are_refused_in_one_line(flag
     with pytest.raises(UserError) as error:
         parse(load_script("1-pretrain.py").PretrainConfig, None, flags)
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_planner_states_the_choice_for_gpus_without_training(monkeypatch, capsys):
+    def choice(*flags):
+        run_script(monkeypatch, "1-pretrain.py", "--plan", "--minutes", "180", *flags)
+        line, about = capsys.readouterr().out.splitlines()
+        assert "docs/size_sweep.csv" in about
+        found = re.fullmatch(
+            r"180 minutes on (\d x \w+) at 40% of the peak: (\S+) M parameters, (\S+) M tokens, .*", line
+        )
+        return found[1], float(found[2]), float(found[3])
+
+    one, many, packed = choice("--gpu", "3090", "--gpus", "1"), choice("--gpus", "8"), choice("--batch_size", "256")
+    assert one[0] == "1 x 3090" and many[0] == "8 x h100" and many[1] > one[1] > 25 and many[2] > one[2]
+    assert packed[1] < many[1], "sizes that need more memory than the GPU has are no candidates"
+    assert choice("--preset", "small", "--gpus", "1")[1] == 26.9
+    with one_line_error("--gpu abacus"):
+        choice("--gpu", "abacus")

@@ -1,4 +1,4 @@
-"""1-pretrain.py --minutes (trainer/timed_run.py, speed.py): whole runs, resumed ones, a machine that becomes slower.
+"""1-pretrain.py --minutes (trainer/timed_run.py, trainer/speed.py): whole runs, resumed runs, machines that slow down.
 
 In these tests a fake measurement states the speed of the machine, and the choice follows it. The runs themselves are of
 tiny models, which take seconds on any machine.
