@@ -197,11 +197,9 @@ class ModelFlags(Config):
     """--preset, and a flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
 
     preset: str | None = flag(
-        None,
-        "named model size; if omitted: small, or with --minutes auto: the size that suits the time",
-        choices=(*PRESETS, "auto"),
-        group="model (flags override the preset)",
-    )
+        None, "named model size; if omitted: small, or with --minutes auto: the size that suits the time",
+        choices=(*PRESETS, "auto"), group="model (flags override the preset)",
+    )  # fmt: skip
     model: dict[str, Any] = overrides(
         ModelConfig, group="model (flags override the preset)", skip=("vocab_size", "rope_scaling")
     )

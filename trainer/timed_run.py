@@ -75,6 +75,8 @@ class TimedRun:
         An interrupted run of these minutes keeps its own. Raises UserError if no size fits into memory.
         """
         config, dist = self.config, self.dist
+        if config.global_batch_size % dist.world_size:
+            raise UserError(f"{dist.world_size} processes cannot share --global_batch_size {config.global_batch_size}")
         sizes: Sequence[ModelConfig] = candidate_sizes(config, self.tokenizer.vocab_size)
         if found := interrupted_run(config, sizes):
             size, plan, seconds_left = found

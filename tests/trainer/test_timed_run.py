@@ -150,6 +150,8 @@ def test_a_size_that_does_not_fit_into_memory_is_no_candidate(monkeypatch, measu
     shared = DistContext(torch.device("cpu"), torch.float32, 0, 2)
     shared.all_reduce_sum = lambda values: values
     assert choose(10, dist=shared)[0].model["n_layers"] == 1, "two processes share the memory"
+    with one_line_error("2 processes", "--global_batch_size 3"):
+        choose(10, "--global_batch_size", "3", dist=shared)
     monkeypatch.setattr(timed_run, "machine_memory", lambda: 1e5)
     with one_line_error("no size fits into 0.0 GB", "--batch_size"):
         choose(10)
