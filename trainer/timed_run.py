@@ -194,15 +194,17 @@ def needed_memory(config: PlanConfig, size: ModelConfig, dist: DistContext) -> f
 
 def describe_result(plan: Plan, path: Path, start: float) -> str:
     """Return the line that compares a complete run with its plan, from its log; "" if the run is not complete."""
-    scored = [row for row in read_log_rows(path.with_suffix(".jsonl"), plan["steps"]) if row.get("bits_per_byte")]
+    rows = read_log_rows(path.with_suffix(".jsonl"), plan["steps"])
+    scored = [row for row in rows if row.get("bits_per_byte")]
     if resume_path(path).exists() or not scored:
         return ""
     by_split, done = scored[-1]["bits_per_byte"], scored[-1]["step"] / plan["steps"]
+    seconds = max(time.monotonic() - start, *(row.get("seconds", 0.0) for row in rows))  # a resumed run: of all parts
     reached = sum(by_split.values()) / len(by_split)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in by_split.items())
     predicted, error = "", ""
     if expected := plan["bits_per_byte"]:
         predicted, error = f"predicted {expected:.2f}, ", f", {reached / expected - 1:+.1%}"
-    minutes = f"{(time.monotonic() - start) / 60:.1f} of {plan['minutes']:g} minutes"
+    minutes = f"{seconds / 60:.1f} of {plan['minutes']:g} minutes"
     slower = f"; training was slower than measured: {done:.0%} of the steps" if done < 1 else ""
     return f"{predicted}reached {reached:.2f} bits per byte ({parts}){error}, after {minutes}{slower}"
