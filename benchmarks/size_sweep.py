@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,9 +96,14 @@ class Point:
         return self.tokens * flops_per_token(self.config, self.config.max_seq_len)
 
 
+def fields_of(name: str) -> dict[str, Any]:
+    """Return the fields of an entry of LADDER by its name, `dim`x`layers`."""
+    return {f"{rung[0]}x{rung[1]}": ladder_fields(rung) for rung in LADDER}[name]
+
+
 def size_config(name: str) -> ModelConfig:
-    """Return the config of an entry of LADDER by its name, `dim`x`layers`, with the default vocabulary."""
-    return ModelConfig(**{f"{rung[0]}x{rung[1]}": ladder_fields(rung) for rung in LADDER}[name])
+    """Return the config of an entry of LADDER by its name, with the default vocabulary."""
+    return ModelConfig(**fields_of(name))
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -131,11 +137,10 @@ def run_point(config: SweepConfig, name: str, steps: int) -> Point:
     """Train one point in a new process with one thread. Raises UserError if it fails."""
     size = size_config(name)
     flags = {
-        "dim": size.dim, "n_layers": size.n_layers, "n_heads": size.n_heads, "n_kv_heads": size.n_kv_heads,
-        "max_seq_len": size.max_seq_len, "batch_size": STEP_TOKENS // size.max_seq_len, "max_steps": steps,
-        "mix": config.mix, "seed": config.seed, "eval_interval": steps, "save_interval": steps, "eval_tokens": 4096,
+        **fields_of(name), "batch_size": STEP_TOKENS // size.max_seq_len, "max_steps": steps,
+        "mix": config.mix, "seed": config.seed, "eval_interval": steps, "save_interval": steps, "eval_tokens": 3000,
     }  # fmt: skip
-    shown = " ".join(f"--{flag} {value}" for flag, value in flags.items())
+    shown = " ".join(f"--{flag} {value}".lower() for flag, value in flags.items())
     with tempfile.TemporaryDirectory(prefix="size_sweep_") as out:
         where = ["--data_path", config.data, "--tokenizer", config.tokenizer, "--out_dir", out]
         done = subprocess.run(  # this project's own script, no shell

@@ -25,30 +25,35 @@ REPEAT_DECAY = 15.39  # R* of the formula above
 
 # dim, layers, key/value heads, context in tokens. Heads have 64 dimensions; depth grows with width.
 LADDER = (
-    (128, 3, 1, 256),  # 1.4 M parameters with a vocabulary of 6,400
+    (128, 3, 1, 256),  # 2.2 M parameters with a vocabulary of 6,400
     (192, 3, 1, 256),
     (192, 5, 1, 256),
     (256, 4, 2, 256),
     (256, 6, 2, 256),
     (320, 6, 1, 256),
-    (384, 6, 2, 256),  # 12 M
+    (384, 6, 2, 256),  # 14 M
     (448, 7, 1, 512),
     (512, 8, 4, 512),
     (576, 9, 3, 512),
     (640, 10, 5, 512),
     (768, 10, 4, 512),
-    (768, 16, 4, 512),  # 106 M
+    (768, 16, 4, 512),  # 111 M
     (1024, 16, 4, 512),
     (1280, 20, 5, 512),
-    (1536, 24, 8, 512),  # 614 M
+    (1536, 24, 8, 512),  # 624 M
 )
 
 
 def ladder_fields(rung: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return the fields of ModelConfig of an entry of LADDER."""
+    """Return the fields of ModelConfig of an entry of LADDER.
+
+    The output layer is not tied to the embeddings: 1.5 % fewer bits per byte for the same time (LOG.md).
+    """
     dim, layers, kv_heads, context = rung
-    heads = dim // 64
-    return {"dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "max_seq_len": context}
+    return {
+        "dim": dim, "n_layers": layers, "n_heads": dim // 64, "n_kv_heads": kv_heads, "max_seq_len": context,
+        "tie_embeddings": False,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
