@@ -1,4 +1,4 @@
-"""The time dial (trainer/dial.py, trainer/scaling_law.py): the chosen size follows the time, the speed, the memory, the data.
+"""The time dial (trainer/dial.py, trainer/scaling_law.py): the chosen size follows time, speed, memory and data.
 
 The speed of the machine is an argument everywhere, so that nothing here depends on the one that runs the tests.
 """
