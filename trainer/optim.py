@@ -4,8 +4,8 @@
             replaced by (approximately) the nearest semi-orthogonal matrix, scaled as in arXiv:2502.16982, section 2.2
     AdamW   embeddings and norms (no weight decay), untied output layer. Loshchilov & Hutter 2017, arXiv:1711.05101
 
-With Muon the learning rate of the embeddings is multiplied by min(4, 768 / dim), that of an untied output layer by half
-of it: an AdamW step changes the logits by about rate x dim, so narrow models need a higher rate.
+With Muon the learning rate of the embeddings is multiplied by min(4, 768 / dim): an AdamW step changes the logits by
+about rate x dim, so narrow models need a higher rate.
 Read next: loop.py.
 """
 
@@ -58,13 +58,13 @@ def make_optimizers(
         other_matrices = matrices + other_matrices
     embeddings, norms = [p for p in no_decay if p.dim() > 1], [p for p in no_decay if p.dim() < 2]
     has_muon = kind == "muon" and bool(matrices)
-    multiplier = embedding_lr_multiplier(model.config.dim)
-    output_layer = [p for p in other_matrices if p is model.lm_head.weight]  # empty if it is tied to the embeddings
-    other_matrices = [p for p in other_matrices if p is not model.lm_head.weight]
     groups = [
         {"params": other_matrices, "weight_decay": weight_decay},
-        {"params": output_layer, "weight_decay": weight_decay, "lr_multiplier": multiplier / 2 if has_muon else 1.0},
-        {"params": embeddings, "weight_decay": 0.0, "lr_multiplier": multiplier if has_muon else 1.0},
+        {
+            "params": embeddings,
+            "weight_decay": 0.0,
+            "lr_multiplier": embedding_lr_multiplier(model.config.dim) if has_muon else 1.0,
+        },
         {"params": norms, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

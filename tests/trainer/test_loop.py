@@ -155,22 +155,6 @@ def test_schedule_sets_every_parameter_group():
     assert {group["lr"] for group in plain.param_groups} == {0.5}
 
 
-@pytest.mark.parametrize(("dim", "embeddings", "output"), [(64, 4.0, 2.0), (192, 4.0, 2.0), (768, 1.0, 0.5)])
-def test_rates_of_embeddings_and_of_an_untied_output_layer(dim, embeddings, output):
-    """Multiples of the learning rate next to Muon; with AdamW alone all parameters have the same rate."""
-    for use_moe in (False, True):  # the routers are other matrices, with the plain rate
-        config = ModelConfig(50, dim, 1, 4, 2, tie_embeddings=False, use_moe=use_moe)
-        with torch.device("meta"):
-            model = Transformer(config)
-        for kind, rates in (("muon", {"embed_tokens": embeddings, "lm_head": output}), ("adamw", {})):
-            optimizers = make_optimizers(model, kind, 1.0, 0.1, fused=False)
-            set_learning_rate(TrainConfig(learning_rate=1.0, warmup_iters=0), optimizers, 0, fraction_done=0)
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            got = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-            for name, parameter in model.named_parameters():
-                assert got[id(parameter)] == next((rate for part, rate in rates.items() if part in name), 1.0), name
-
-
 def test_activation_checkpointing_gives_the_same_weights(pretrain):
     plain, recomputed = (
         pretrain("--dtype", "float32"),
