@@ -47,7 +47,7 @@ LADDER = (
 def ladder_fields(rung: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return the fields of ModelConfig of an entry of LADDER.
 
-    The output layer is not tied to the embeddings: 1.5 % fewer bits per byte for the same time (LOG.md).
+    The output layer is not tied to the embeddings: 1 % fewer bits per byte at equal tokens (LOG.md).
     """
     dim, layers, kv_heads, context = rung
     return {
