@@ -53,7 +53,10 @@ POINTS = {
 TEXT = "half Chinese, half English"  # of --mix, and of the mean of zh and en
 HUBER_DELTA = 1e-3  # as in the paper, of the logarithm of the loss
 SIZE_MEASURES = ("layer_matrices", "matmul", "total")  # fields of ParameterCount that N may be
-EXPONENTS = np.linspace(0.05, 1.5, 30)  # searched first; then around the best
+FIT_STEPS = 60  # runs of fewer steps are mostly warm-up: they are drawn, but not fitted
+# alpha and beta are searched in the range of published laws (arXiv:2203.15556, 2305.16264, 2404.10102: 0.28 to 0.37),
+# with a margin: few points of small runs do not determine them together with E. First this grid, then around the best.
+EXPONENTS = np.linspace(0.2, 0.5, 16)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ def fit_law(sizes: np.ndarray, tokens: np.ndarray, scores: np.ndarray) -> tuple[
 
 
 def fit_points(points: Sequence[Point]) -> ScalingLaw:
-    """Return the law of the points, with the N of SIZE_MEASURES that fits best."""
+    """Return the law of the points of at least FIT_STEPS steps, with the N of SIZE_MEASURES that fits best."""
+    points = fitted_points(points)
     tokens, scores = (np.array([getattr(p, name) for p in points], float) for name in ("tokens", "bits_per_byte"))
     fits = []
     for measure in SIZE_MEASURES:
@@ -235,6 +239,10 @@ def fit_points(points: Sequence[Point]) -> ScalingLaw:
         found, loss = fit_law(sizes, tokens, scores)
         fits.append((loss, ScalingLaw(measure, **found, flops=max(p.flops for p in points), text=TEXT)))
     return min(fits, key=lambda fit: fit[0])[1]
+
+
+def fitted_points(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point.tokens >= FIT_STEPS * STEP_TOKENS]
 
 
 def errors_table(law: ScalingLaw, points: Sequence[Point]) -> str:
@@ -250,7 +258,10 @@ def errors_table(law: ScalingLaw, points: Sequence[Point]) -> str:
 
 
 def draw(law: ScalingLaw, points: Sequence[Point], path: Path) -> None:
-    """Draw bits per byte against FLOPs: the points and the law's curve of every size, and the lowest of all curves."""
+    """Draw bits per byte against FLOPs: points, the law's curve of every size, and the lowest of all curves.
+
+    Points that are not fitted are hollow.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5))
@@ -264,8 +275,10 @@ def draw(law: ScalingLaw, points: Sequence[Point], path: Path) -> None:
     for i, name in enumerate(dict.fromkeys(point.size for point in points)):
         mine = [point for point in points if point.size == name]
         label = f"{mine[0].parameters / 1e6:.1f} M parameters"
-        axes.plot([p.flops for p in mine], [p.bits_per_byte for p in mine], "o", color=f"C{i}", label=label)
-        axes.plot(flops, curve(mine[0].config), color=f"C{i}", linewidth=0.8)
+        for point in mine:
+            fill = "full" if fitted_points([point]) else "none"
+            axes.plot(point.flops, point.bits_per_byte, "o", color=f"C{i}", fillstyle=fill)
+        axes.plot(flops, curve(mine[0].config), color=f"C{i}", linewidth=0.8, label=label)
     lowest = np.min([curve(ModelConfig(**ladder_fields(rung))) for rung in LADDER], axis=0)
     axes.plot(flops, lowest, "k--", label="best size of the ladder")
     scores = [point.bits_per_byte for point in points]
