@@ -54,9 +54,9 @@ TEXT = "half Chinese, half English"  # of --mix, and of the mean of zh and en
 HUBER_DELTA = 1e-3  # as in the paper, of the logarithm of the loss
 SIZE_MEASURES = ("layer_matrices", "matmul", "total")  # fields of ParameterCount that N may be
 FIT_STEPS = 60  # runs of fewer steps are mostly warm-up: they are drawn, but not fitted
-# alpha and beta are searched in the range of published laws (arXiv:2203.15556, 2305.16264, 2404.10102: 0.28 to 0.37),
-# with a margin: few points of small runs do not determine them together with E. First this grid, then around the best.
-EXPONENTS = np.linspace(0.2, 0.5, 16)
+# alpha and beta are searched in the range of published laws (0.28 to 0.37: arXiv:2203.15556, 2305.16264, 2404.10102),
+# with a margin: few points of short runs do not determine them together with E. First this grid, then around the best.
+EXPONENTS = np.linspace(0.25, 0.4, 16)
 
 
 @dataclass(frozen=True)
