@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.parameters import count_parameters
 from model.transformer import Transformer
 from tests.helpers import load_script, one_line_error, run_script
+from trainer import plan
 from trainer.config import PlanConfig
 from trainer.dial import (
     FORWARD_COST,
@@ -227,6 +228,8 @@ def test_values_and_combinations_that_make_no_sense_are_refused_in_one_line(flag
 
 
 def test_the_planner_states_the_choice_for_gpus_without_training(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "read_law", lambda: LAW)
+
     def choice(*flags):
         run_script(monkeypatch, "1-pretrain.py", "--plan", "--minutes", "180", *flags)
         line, about = capsys.readouterr().out.splitlines()
