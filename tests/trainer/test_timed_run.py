@@ -208,7 +208,7 @@ def test_an_interrupted_run_keeps_its_size_and_steps_and_ends_with_equal_weights
     assert re.search(r"^predicted .* reached", resumed, re.M)
     (path,) = parts.glob("*.pth")
     size = torch.load(path, weights_only=True)["config"]
-    given = [f"--{name}={size[name]}" for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")]
+    given = [f"--{name}={size[name]}" for name in dial.ladder_fields(TINY_LADDER[0])]
     whole, _ = pretrain("whole", "--max_steps", planned_steps(stopped), *given)
     mine, theirs = load_weights(path), load_weights(whole / path.name)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
