@@ -3,7 +3,8 @@
     loss = - 1/N * sum over the N tokens of a step of log p(token | the tokens before it)
 
     python 1-pretrain.py                                        defaults: 26.9 M parameters, dataset/pretrain
-    python 1-pretrain.py --max_minutes 20                       a time budget of 20 minutes
+    python 1-pretrain.py --minutes 20                           the size and the tokens that suit 20 minutes here
+    python 1-pretrain.py --max_minutes 20                       the default size for at most 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes over the data
     python 1-pretrain.py --plan --preset mindllm-1.3b           print estimates of memory, time and cost; no training
     python 1-pretrain.py --plan --presets small,mindllm-1.3b    compare these sizes in one table
@@ -17,6 +18,7 @@ Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: t
 """
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +34,7 @@ from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import cross_entropy_sum
 from trainer.memory import check_memory
-from trainer.mixing import MixedDataset, read_mix_schedule
+from trainer.mixing import MixedDataset, equal_languages, read_mix_schedule
 from trainer.stage import Stage
 from trainer.train_state import resolve_global_batch_size
 
@@ -77,6 +79,7 @@ def make_model(config: PretrainConfig, tokenizer: ChatTokenizer) -> tuple[Transf
 
 
 def main() -> None:
+    start = time.monotonic() - time.process_time()  # the imports took about as long as they kept the CPU busy
     config = parse(PretrainConfig, __doc__)
     if config.plan:
         from trainer.plan import print_plan
@@ -85,12 +88,19 @@ def main() -> None:
     check_writable(config.out_dir)
     tokenizer = load_tokenizer(config.tokenizer)
     splits = check_data(config.data_path, "pretrain", tokenizer)
+    if config.minutes and not config.is_mixed:
+        config = dataclasses.replace(config, mix=equal_languages(config.data_path))
     mixture = read_mix_schedule(config.data_path, config) if config.is_mixed else None
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
+        plan = {}
+        if config.minutes:
+            from trainer.timed_run import TimedRun, describe_result
+
+            config, plan = TimedRun(config, tokenizer, compute_loss, mixture, dist, start).choose()
         model, lineage = make_model(config, tokenizer)
         seq_len = model.config.max_seq_len
         data = {split.removeprefix("val_"): PackedDataset(config.data_path, split, seq_len) for split in splits}
-        stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage)
+        stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage, plan=plan)
         if config.tokens_per_param:
             rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
             max_steps = config.steps_for_tokens(model.config, rows)
@@ -98,7 +108,9 @@ def main() -> None:
         if mixture:
             mixture = dataclasses.replace(mixture, max_steps=config.max_steps, epochs=config.epochs)
             stage.data = MixedDataset(config.data_path, mixture, seq_len)
-        train(config, stage, dist)
+        path = train(config, stage, dist)
+        if plan and (result := describe_result(plan, path, start)):
+            dist.print0(result)
 
 
 if __name__ == "__main__":

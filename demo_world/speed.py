@@ -23,7 +23,7 @@ MODEL = ModelConfig(vocab_size=5120, qk_norm=True, tie_embeddings=False, **PRESE
 ROWS = 16
 
 
-def measure_step() -> float:
+def measure_demo_step() -> float:
     """Return the seconds of a training step of the demo's model, the median of several."""
     keep_freed_memory()
     device = pick_device()
@@ -46,4 +46,4 @@ def measure_step() -> float:
 
 
 if __name__ == "__main__":
-    print(round(measure_step() / REFERENCE_STEP, 2))
+    print(round(measure_demo_step() / REFERENCE_STEP, 2))

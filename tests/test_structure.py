@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3370
+READING_PATH_LINES = 3388
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
-    "1-pretrain.py": Size(52, 8456, 82),
+    "1-pretrain.py": Size(52, 8516, 82),
     "2-eval.py": Size(73, 11086, 92),
-    "3-full_sft.py": Size(53, 8327, 78),
-    "4-lora_sft.py": Size(54, 8475, 78),
-    "5-dpo_train.py": Size(62, 9796, 95),
+    "3-full_sft.py": Size(53, 8361, 78),
+    "4-lora_sft.py": Size(54, 8509, 78),
+    "5-dpo_train.py": Size(62, 9830, 95),
 }
 
 # Public names that several files define, and why.
@@ -44,11 +44,12 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 17582, "applications": 14329}
+PART_LINES = {"core": 18210, "applications": 14329}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {
     "1-pretrain.py: trainer/plan.py",
+    "1-pretrain.py: trainer/timed_run.py",
     "3-full_sft.py: evaluation/data_scaling.py",
     "curation/commands.py: curation/cluster_dedup.py",
     "data_process.py: curation/perplexity_scorer.py",

@@ -45,6 +45,8 @@ from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 
 PARALLEL_MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+# The fields of ModelConfig that set the size of a model.
+SIZE_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "use_moe"}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 LOSS_RATIO = NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5)
 
@@ -195,8 +197,9 @@ class ModelFlags(Config):
     """--preset, and a flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
 
     preset: str | None = flag(
-        None, "named model size; if omitted: small", choices=tuple(PRESETS), group="model (flags override the preset)"
-    )
+        None, "named model size; if omitted: small, or with --minutes auto: the size that suits the time",
+        choices=(*PRESETS, "auto"), group="model (flags override the preset)",
+    )  # fmt: skip
     model: dict[str, Any] = overrides(
         ModelConfig, group="model (flags override the preset)", skip=("vocab_size", "rope_scaling")
     )
@@ -238,6 +241,11 @@ class PlanConfig(TrainConfig, ModelFlags):
 
     tokenizer: str = _files("model/tokenizer", "folder written by train_tokenizer.py", type=path_string)
     plan: bool = _plan(False, "print parameters, tokens, memory, time and cost, and stop")
+    minutes: float = _duration(
+        0.0, "train for these minutes, with everything: chooses the steps and, without --preset and --dim, the size; "
+        "languages are mixed equally unless --mix is given",
+        type=positive_float,
+    )  # fmt: skip
     presets: str = _plan(
         "", "with --plan: print a table of these presets with their memory and GPUs instead",
         type=non_empty_text, metavar="A,B",
@@ -266,3 +274,17 @@ class PlanConfig(TrainConfig, ModelFlags):
             raise UserError("--tokens_per_param and --max_steps both set the length of the run: leave one out")
         if self.presets and not self.plan:
             raise UserError("--presets belongs to --plan")
+        if self.preset == "auto" and not self.minutes:
+            raise UserError("--preset auto needs --minutes: it takes the size that suits the time")
+        if self.minutes:
+            self.check_minutes()
+
+    def check_minutes(self) -> None:
+        """Raise UserError for flags that also set what --minutes chooses."""
+        lengths = {"max_steps": 0, "max_minutes": 0, "epochs": 1, "tokens_per_param": 0}
+        if given := [name for name, default in lengths.items() if getattr(self, name) != default]:
+            raise UserError(f"--minutes and --{given[0]} both set the length of the run: leave one out")
+        if self.init_from:
+            raise UserError("--minutes trains from scratch: with --init_from use --max_minutes")
+        if self.preset == "auto" and (given := sorted(self.model.keys() & SIZE_FIELDS)):
+            raise UserError(f"--preset auto and --{given[0]} both set the size: leave one out")

@@ -47,6 +47,7 @@ class StopReason(Enum):
     COMPLETED = "the last step is done"
     EARLY_STOP = "the stage ends the run"
     TIME = "--max_minutes is over"
+    DEADLINE = "--minutes are over"
     SIGNAL = "SIGINT, SIGTERM or SIGHUP"
 
     def __bool__(self) -> bool:
@@ -54,7 +55,7 @@ class StopReason(Enum):
 
     @property
     def is_final(self) -> bool:
-        return self in (StopReason.COMPLETED, StopReason.EARLY_STOP)
+        return self in (StopReason.COMPLETED, StopReason.EARLY_STOP, StopReason.DEADLINE)
 
 
 @with_run_lock
@@ -84,7 +85,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
     batches = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
     throughput = Throughput(stage, dist)
-    timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
+    timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist, bool(stage.plan))
     stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
     numbers = range(state.step, state.step if stop else total_steps)
     with engine, logger, CheckpointWriter(config, stage, engine, guard, saved is not None) as checkpoints:
@@ -272,7 +273,9 @@ def stop_reason(state: TrainState, total_steps: int, timer: TrainingTimer, stop_
         return StopReason.COMPLETED
     if stop_requests:
         return StopReason.SIGNAL
-    return StopReason.TIME if timer.is_expired else StopReason.NONE
+    if timer.is_expired:
+        return StopReason.DEADLINE if timer.is_final else StopReason.TIME
+    return StopReason.NONE
 
 
 def describe_stop(stop: StopReason, state: TrainState, total_steps: int, max_minutes: float) -> str:
@@ -281,5 +284,7 @@ def describe_stop(stop: StopReason, state: TrainState, total_steps: int, max_min
         return ""
     if stop is StopReason.EARLY_STOP:
         return f" (stopped at step {state.step} of {total_steps}: {state.objection})"
+    if stop is StopReason.DEADLINE:
+        return f" (the minutes are over at step {state.step} of {total_steps})"
     reason = f"the time limit of {max_minutes:g} minutes is reached" if stop is StopReason.TIME else stop.value
     return f" ({reason}, step {state.step} of {total_steps}; run again to resume)"

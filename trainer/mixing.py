@@ -15,6 +15,7 @@ Read next: ../corpus/mixing.py (the weights), sampler.py (without a mixture).
 """
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ import numpy as np
 
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.mixing import MixComponent, mix_components, unused_tokens
+from corpus.mixing import MixComponent, MixSpec, mix_components, unused_tokens
 from trainer.config import MixFlags
 from trainer.datasets import Batch, PackedDataset, TokenDataset
 from trainer.sampler import BatchSampler, EpochOrder
 
 ROUND_ROWS = 10_000  # rows in which every component gets exactly its fraction
+MIN_LANGUAGE_FRACTION = 0.1  # a smaller language would be repeated too often
 MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff et al. 2023, arXiv:2305.16264
 
 
@@ -61,6 +63,18 @@ class MixSchedule:
             return stages
         length = f"{self.max_steps} steps" if self.max_steps else f"{self.epochs} epochs"  # sets the step of the switch
         return stages | {"stage2_at": self.stage2_at, "length": length}
+
+
+def equal_languages(data_path: str) -> MixSpec | None:
+    """Return the mixture of --minutes without --mix: every large language with the same weight; None for one language.
+
+    A language is large if it has at least MIN_LANGUAGE_FRACTION of the tokens.
+    """
+    tokens: Counter[str] = Counter()
+    for shard in read_meta(data_path)["splits"]["train"]["shards"]:
+        tokens[shard.get("language", "")] += shard["tokens"]
+    large = [name for name in tokens if name and tokens[name] >= MIN_LANGUAGE_FRACTION * tokens.total()]
+    return MixSpec(dict.fromkeys(sorted(large), 1.0)) if len(large) > 1 else None
 
 
 def read_mix_schedule(data_path: str, flags: MixFlags, max_steps: int = 0, epochs: float = 1) -> MixSchedule:

@@ -6,9 +6,10 @@
     int8                 GGUF's q8_0: 34 bytes for 32 weights; the KV cache is fp16, as in llama.cpp
 
     python 1-pretrain.py --plan --preset xiangxin-3b --tokens_per_param 20
+    python 1-pretrain.py --plan --minutes 180 --gpu 3090 --gpus 1     the size and tokens that suit three hours of a GPU
     python 1-pretrain.py --plan --presets mindllm-1.3b,xiangxin-3b --optimizer adamw --batch_size 2
 
-N is the number of parameters that take part in the matrix products of a token. The second command prints a table as in
+N is the number of parameters that take part in the matrix products of a token. The last command prints a table as in
 MindLLM's technical report (arXiv:2310.15777): sizes, memory and GPUs of training and inference, in full and half
 precision.
 Read next: memory.py and throughput.py (the estimates), ../benchmarks/machines.py (the bottleneck of each machine).
@@ -27,7 +28,9 @@ from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
 from trainer.config import PARALLEL_MODES, PlanConfig
+from trainer.dial import Budget, batch_size_for, candidate_sizes, choice_text, choose, law_text
 from trainer.memory import CUDA_CONTEXT, inference_memory, training_memory
+from trainer.scaling_law import read_law
 from trainer.throughput import GPU, GPUS, flops_per_token
 
 USABLE_MEMORY = 0.92  # usable fraction of a GPU's memory; the allocator loses the other part to fragmentation
@@ -56,6 +59,8 @@ def print_plan(run: PlanConfig) -> None:
     if run.presets:
         configs = {name: preset_config(run, name) for name in parse_preset_names(run.presets)}
         return console.print(sizes_table(run, configs))
+    if run.minutes:
+        return console.print(dial_text(run), highlight=False, soft_wrap=True)
     config = preset_config(run, run.preset or "small")
     sizes, per_param = count_parameters(config), run.tokens_per_param or 20.0
     tokens = per_param * sizes.total
@@ -75,6 +80,26 @@ def print_plan(run: PlanConfig) -> None:
     console.print(_time_table(run, flops))
     for line in _launch_lines(run, config, tokens):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def dial_text(run: PlanConfig) -> str:
+    """Return the choice of --minutes for the GPUs of the flags at --utilisation. Data is assumed to be plenty."""
+    gpu, law = GPUS[run.gpu], read_law()
+    budget = Budget(60 * run.minutes, {"data": (1.0, 10**15)}, 1, run, run.gpus)
+
+    def step_seconds(size: ModelConfig) -> float:
+        flops = budget.step_tokens(size) * flops_per_token(size, size.max_seq_len)
+        return training_seconds(flops, gpu, run.gpus, run.utilisation)
+
+    def memory(size: ModelConfig) -> float:
+        rows, seq = batch_size_for(run, size), size.max_seq_len
+        return training_memory(size, rows, seq, optimizer=run.optimizer, processes=run.gpus).total
+
+    sizes = candidate_sizes(run, ModelConfig.vocab_size)
+    fitting = [size for size in sizes if memory(size) <= gpu.memory * 1e9 * USABLE_MEMORY]
+    choice = choose(fitting or sizes[:1], step_seconds, budget, law)
+    where = f"{run.gpus} x {gpu.name} at {run.utilisation:.0%} of the peak"
+    return f"{run.minutes:g} minutes on {where}: {choice_text(choice)}\n{law_text(choice, law)}"
 
 
 def preset_config(run: PlanConfig, preset: str) -> ModelConfig:

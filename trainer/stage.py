@@ -32,6 +32,7 @@ class Stage:
     lineage: list[dict[str, Any]] = field(default_factory=list)  # of the parent; empty when training from scratch
     loss_unit: str = "token"  # the loss is averaged over tokens, or over pairs ("pair", DPO)
     early_stop: Callable[[MetricRow], str] = lambda row: ""  # called after every step: the reason to stop, or ""
+    plan: Mapping[str, Any] = field(default_factory=dict)  # what --minutes chose; saved with the run (timed_run.py)
     final_metrics: Callable[[], MetricRow] = dict  # further metrics of the final validation
 
     def checkpoint_path(self, out_dir: str) -> Path:

@@ -13,9 +13,14 @@ class TrainingTimer:
 
     The learning rate follows the larger of the fractions of steps and of time, so a run with a time limit also ends
     at a low learning rate. A resumed run with a new time limit starts at the fraction of its steps that is done.
+    is_final: the run is complete at its limit, as with --minutes.
     """
 
-    def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float, dist: DistContext) -> None:
+    def __init__(
+        self, max_minutes: float, start_fraction: float, earlier_seconds: float, dist: DistContext,
+        is_final: bool = False,
+    ) -> None:  # fmt: skip
+        self.is_final = is_final
         self.limit_seconds, self.start_fraction, self.dist = 60 * max_minutes, start_fraction, dist
         self.earlier_seconds = earlier_seconds  # of the run before it was resumed
         self.start_time = self.step_start = time.monotonic()

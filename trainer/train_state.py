@@ -177,6 +177,7 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "--seed": config.seed,
         **({"the order of the rows": ROW_ORDER} if stage.data.lengths() is None else {}),
         "--mix": stage.data.mixture or None,
+        **({"--minutes": stage.plan["minutes"], "plan": dict(stage.plan)} if stage.plan else {}),
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
 

@@ -58,7 +58,7 @@ def test_trainings_end_by_steps_and_with_fast_by_time(steps):
 def test_the_slowdown_is_measured(monkeypatch):
     monkeypatch.setattr(speed, "MEASURED_STEPS", 1)
     monkeypatch.setattr(speed, "ROWS", 1)
-    assert 0 < speed.measure_step() < 1000 * speed.REFERENCE_STEP
+    assert 0 < speed.measure_demo_step() < 1000 * speed.REFERENCE_STEP
 
 
 def test_the_slowdown_is_measured_on_the_model_of_the_recipe():

@@ -38,7 +38,7 @@ STRANGE = (
 LARGE = ("1", "2", "3", "1000", "1000000000", "1000000000000", "0.999999", "1e-37")
 # Flags that accept any text.
 FREE_TEXT = {"prompt", "system", "inspect", "keys", "source_key", "mirror", "partition", "time", "split", "only"}
-LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes"}  # a larger value makes the run longer
+LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes", "minutes"}  # a larger value makes the run longer
 
 
 @pytest.fixture(scope="module")

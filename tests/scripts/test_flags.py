@@ -36,7 +36,7 @@ ZERO_MEANINGS = {
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
-    "epochs", "max_minutes", "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "grad_clip",
+    "epochs", "max_minutes", "minutes", "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_fraction",

@@ -308,12 +308,13 @@ def test_dropout_seeds_differ_between_steps_and_ranks_and_never_change():
 
 
 @pytest.mark.parametrize(
-    ("step", "objection", "expired", "signals", "stop"),
-    [(4, "", False, 0, StopReason.NONE), (9, "", True, 1, StopReason.COMPLETED), (9, "x", 0, 0, StopReason.EARLY_STOP),
-     (4, "", True, 1, StopReason.SIGNAL), (4, "", True, 0, StopReason.TIME)],
+    ("step", "objection", "expired", "signals", "final", "stop"),
+    [(4, "", False, 0, 0, StopReason.NONE), (9, "", True, 1, 1, StopReason.COMPLETED),
+     (9, "x", 0, 0, 0, StopReason.EARLY_STOP), (4, "", True, 1, 1, StopReason.SIGNAL),
+     (4, "", True, 0, 0, StopReason.TIME), (4, "", True, 0, 1, StopReason.DEADLINE)],
 )  # fmt: skip
-def test_stop_reasons(step, objection, expired, signals, stop):
-    timer = types.SimpleNamespace(is_expired=expired)
+def test_stop_reasons(step, objection, expired, signals, final, stop):
+    timer = types.SimpleNamespace(is_expired=expired, is_final=final)
     assert loop.stop_reason(TrainState(step=step, objection=objection), 9, timer, signals) is stop
     assert bool(stop) == (stop is not StopReason.NONE)
-    assert stop.is_final == (stop in (StopReason.COMPLETED, StopReason.EARLY_STOP))
+    assert stop.is_final == (stop in (StopReason.COMPLETED, StopReason.EARLY_STOP, StopReason.DEADLINE))

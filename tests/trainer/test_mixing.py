@@ -10,7 +10,14 @@ from corpus.dataset_meta import write_meta
 from corpus.mixing import mix_components, parse_mix, unused_tokens
 from tests.helpers import write_shards
 from trainer.config import MixFlags
-from trainer.mixing import ROUND_ROWS, ComponentOrder, MixedDataset, largest_remainder, read_mix_schedule
+from trainer.mixing import (
+    ROUND_ROWS,
+    ComponentOrder,
+    MixedDataset,
+    equal_languages,
+    largest_remainder,
+    read_mix_schedule,
+)
 from trainer.sampler import EpochOrder
 
 SHARDS = [
@@ -34,6 +41,22 @@ def test_mix_spec_gives_weights_passes_and_sizes():
     assert mix_weights("law=1") == {"law": 1.0}
     components = mix_components(SHARDS, parse_mix("tale=1"))
     assert components[0].tokens == 300 and unused_tokens(SHARDS, components) == {"zh/law": 600, "en/law": 100}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights"),
+    [
+        ({"zh": 800, "en": 100}, {"en": 1.0, "zh": 1.0}),
+        ({"zh": 901, "en": 99}, None),  # English would be read ten times as often
+        ({"zh": 900}, None),
+        ({"zh": 500, "en": 490, "": 10}, {"en": 1.0, "zh": 1.0}),
+    ],
+)
+def test_minutes_mix_large_languages_equally(monkeypatch, tokens, weights):
+    shards = [{"language": name, "source": "", "tokens": count} for name, count in tokens.items()]
+    monkeypatch.setattr("trainer.mixing.read_meta", lambda path: {"splits": {"train": {"shards": shards}}})
+    spec = equal_languages("data")
+    assert (spec and spec.weights) == weights
 
 
 def test_temperature_flattens_weights():
