@@ -29,7 +29,10 @@ SMALLEST_SPLIT = 10  # relations with fewer facts have no unasked facts: too few
 GROUPINGS = ("any", "observation", "dialogue", "relation", "dialogue", "observation", "dialogue", "subject")
 EQUATION_SHARE = 0.5  # how often equations state each sum, as a fraction of the rounds
 STORY_SHARE = 0.35  # probability of a story, for a document about one relation
-LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # probability of one statement per line; of a lead-in before a statement
+# Probability of one statement per line. An English word has another token at the beginning of a line, where questions
+# have it too; inside a text a space precedes it.
+LINES_SHARE = {"zh": 0.2, "en": 0.6}
+LEAD_SHARE = 0.15  # probability of a lead-in before a statement
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # probability of a follow-up question; of a greeting at either end
 
 Turn = tuple[str, str]  # question, answer
@@ -170,7 +173,7 @@ class DemoWorld:
                 topic = self.templates[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(sentences))
             else:
-                gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
+                gap = "\n" if self.rng.random() < LINES_SHARE[self.lang] else self.gap
                 yield gap.join(sentences)
 
     # ---- tokenizer: text split into words

@@ -24,9 +24,9 @@ GOLDEN = {
     "identity.jsonl": "303b413673420734510d843b85ae3bad9c680d2b80e59a387c66bf15b9a791c7",
     "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
-    "pretrain.jsonl": "7c1b50e807ac3ffb1b0cc18f3ccca41800ac30c1b8ef38d60dda6a7880525bc8",
+    "pretrain.jsonl": "3de91669282673a85db3063249722f5f43dff4eceb1cb3b71380b8154e6183cc",
     "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
-    "words.jsonl": "345b5ed85023858c50f56f5c38c5ab07b6d446adeaf1a795bbefb878fb73f1e4",
+    "words.jsonl": "73ba636861d54e50ad0df1169941d449d8b3e51983c8e757ea10ae6b25b17497",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
@@ -34,9 +34,9 @@ GOLDEN_SMALL = {
     "identity.jsonl": "04fc42ddfbf0acbad0bd2f924dccd15d43b5268edca68c6398711ef2c2d58c3f",
     "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
-    "pretrain.jsonl": "88948b136ea48a2a08bee0917092b1cbde45ca5595407fb6f59112ff40fc8cec",
+    "pretrain.jsonl": "0cad4e351cdc3cd1eb86d00d2f5f5d9d882c5224c1f5722259b63d6b6dd8e67f",
     "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
-    "words.jsonl": "1602e0d14ea016c614017bc8bb3c28648437c4dec4becd3d34191f749af9ce4b",
+    "words.jsonl": "40a21181adac5065ce94588d99234f1c75fbda854d33fd5372054c6aedcc193a",
 }
 
 
