@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from demo_world.report import TRAINING
 
 REFERENCE_SECONDS = {
-    "world": 5.0, "tokenizer": 6.0, "pretrain_data": 2.0, "sft_data": 2.0, "identity_data": 1.0, "dpo_data": 1.0,
-    "pretrain": 195.0, "score_pretrain": 4.0, "full_sft": 62.0, "score_full_sft": 4.0, "identity_before": 3.0,
-    "lora_sft": 30.0, "identity_after": 3.0, "score_lora_sft": 4.0, "dpo": 25.0, "score_dpo": 4.0,
-    "exam": 1.0, "score_exam": 4.0,
+    "world": 3.2, "tokenizer": 5.5, "pretrain_data": 1.5, "sft_data": 1.8, "identity_data": 0.8, "dpo_data": 0.8,
+    "pretrain": 209.2, "score_pretrain": 4.9, "full_sft": 92.1, "score_full_sft": 4.5, "identity_before": 3.4,
+    "lora_sft": 34.8, "identity_after": 3.2, "score_lora_sft": 4.7, "dpo": 22.2, "score_dpo": 4.4,
+    "exam": 0.4, "score_exam": 4.6,
 }  # fmt: skip
 SLOW = 1.5  # a slowdown from which on the estimate says that the machine is slow
 

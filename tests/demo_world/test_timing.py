@@ -15,9 +15,9 @@ def steps():
     return demo.make_steps(Path("out/demo"), seed=0, max_steps=0)
 
 
-def test_every_step_has_a_reference_time_of_at_most_six_minutes_in_all(steps):
+def test_every_step_has_a_reference_time_of_seven_minutes_in_all(steps):
     assert [step.name for step in steps] == list(REFERENCE_SECONDS)
-    assert sum(REFERENCE_SECONDS.values()) <= 360
+    assert sum(REFERENCE_SECONDS.values()) < 420
 
 
 def test_a_slow_machine_takes_longer_and_is_told_so():
@@ -68,7 +68,7 @@ def test_the_slowdown_is_measured_on_the_model_of_the_recipe():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "1 second"), (90, "90 seconds"), (150, "2 minutes"), (334, "6 minutes")]
+    ("seconds", "text"), [(0.2, "1 second"), (90, "90 seconds"), (150, "2 minutes"), (394, "7 minutes")]
 )
 def test_minutes_text(seconds, text):
     assert minutes_text(seconds).startswith(f"about {text}")
