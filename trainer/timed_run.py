@@ -52,6 +52,7 @@ from trainer.train_state import read_train_state, resume_path
 MEASURE_FRACTION, MEASURE_SECONDS = 0.04, 8.0  # time for measuring: this fraction of the run, at most these seconds
 COMPILE_SECONDS = 60.0  # of compiling, about; runs for which that is more than MEASURE_FRACTION do not compile
 USABLE_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and other programs
+SLOWER = 0.99  # fraction of the steps below which the result says that training was slower than measured
 CLOSING_SECONDS = 3.0  # for the curves, and for what else a run does before and after its steps
 
 RunConfigT = TypeVar("RunConfigT", bound=PlanConfig)
@@ -206,5 +207,5 @@ def describe_result(plan: Plan, path: Path, start: float) -> str:
     if expected := plan["bits_per_byte"]:
         predicted, error = f"predicted {expected:.2f}, ", f", {reached / expected - 1:+.1%}"
     minutes = f"{seconds / 60:.1f} of {plan['minutes']:g} minutes"
-    slower = f"; training was slower than measured: {done:.0%} of the steps" if done < 1 else ""
+    slower = f"; training was slower than measured: {done:.0%} of the steps" if done < SLOWER else ""
     return f"{predicted}reached {reached:.2f} bits per byte ({parts}){error}, after {minutes}{slower}"
