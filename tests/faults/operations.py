@@ -181,10 +181,11 @@ def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
     """A Popen that forks for `[sys.executable, script, ...]` without pipes, so the child shares the counter."""
 
     class ForkedProcess:
-        def __init__(self, command: Sequence[str]) -> None:
+        def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
             sys.stdout.flush()
             self.returncode: int | None = None
             if (child := os.fork()) == 0:
+                os.environ.update(env)
                 run_forked(list(command[1:]))
             self.pid = child
 
@@ -195,8 +196,13 @@ def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
 
     class Popen(real):
         def __new__(cls, command: Any, *args: Any, **kwargs: Any) -> Any:
-            if not args and set(kwargs) <= {"cwd"} and isinstance(command, list) and command[0] == sys.executable:
-                return ForkedProcess(command)
+            if (
+                not args
+                and set(kwargs) <= {"cwd", "env"}
+                and isinstance(command, list)
+                and command[0] == sys.executable
+            ):
+                return ForkedProcess(command, kwargs.get("env") or {})
             return super().__new__(cls)
 
     return Popen

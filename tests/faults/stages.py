@@ -132,6 +132,8 @@ READ_ONLY = {
     "chat_openai_api.py",
     "web_demo.py",
     "benchmarks.loaders",
+    "benchmarks.size_sweep",
+    "demo_world.speed",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
     "benchmarks.journeys",
