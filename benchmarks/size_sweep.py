@@ -4,7 +4,8 @@
     python -m benchmarks.size_sweep --data dataset/pretrain --only 128x3,256x4      those of two sizes
     python -m benchmarks.size_sweep --fit                                           the law and the picture
 
-Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. A finished
+Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. The row with
+the flags `--minutes 20` is such a run on two cores, which read its English 2.25 times, counted as new text. A finished
 point is a row of docs/size_sweep.csv, and is not run again. --fit writes trainer/scaling_law.json and
 docs/size_sweep.png. The law is fitted as in Hoffmann et al. 2022, arXiv:2203.15556, section 3.3: Huber loss of the
 logarithm of the bits per byte. For given exponents it is linear in E, A and B, so only the exponents are searched.

@@ -4,7 +4,7 @@
     D = U + U R* (1 - exp(-R / R*))               Muennighoff et al. 2023, arXiv:2305.16264, section 3.1
 
 N: parameters, counted as the law's `parameters` says. D: effective tokens: of a text of U tokens that is read 1 + R
-times, each further pass is worth less. R* = 15.4 is the paper's; our sweep reads no text twice.
+times, each further pass is worth less. R* = 15.4 is the paper's; our sweep did not measure it.
 
 scaling_law.json has the coefficients. `python -m benchmarks.size_sweep --fit` computes them from docs/size_sweep.csv.
 Read next: dial.py (the choice), ../benchmarks/size_sweep.py (the measured points).
