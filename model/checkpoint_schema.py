@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError, escape_controls
 from model.config import ModelConfig
 from model.lora import LoRAConfig
-from model.transformer import Transformer
+from model.transformer import Decoder
 
 CHECKPOINT_FORMAT = 1
 REQUIRED_KEYS = {"format", "stage", "config", "tokenizer", "model"}
@@ -69,17 +70,29 @@ def check_encodable_path(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: the name is not UTF-8, torch cannot open it: rename the file or its folder") from None
 
 
+class _NoInit(TorchFunctionMode):
+    """The functions of torch.nn.init return their tensor as it is.
+
+    The meta device has nothing to initialize, and torch would import torch._dynamo for it, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Raises UserError unless the tensors have the names and shapes of a model of this config. Allocates no memory."""
     # Each layer and each expert has at least one tensor. Comparing the counts first bounds the time of this function.
     min_tensors = config.n_layers * (config.n_shared_experts + config.n_routed_experts if config.use_moe else 1)
     if min_tensors > len(state):
         raise UserError(f"{path} does not fit the model: {len(state)} tensors are not {config.n_layers} layers")
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = dict(model.state_dict())
-    if config.tie_embeddings and "lm_head.weight" not in state:
-        expected.pop("lm_head.weight")
+    with torch.device("meta"), _NoInit():
+        expected = {f"model.{name}": tensor for name, tensor in Decoder(config).state_dict().items()}
+    if not config.tie_embeddings or "lm_head.weight" in state:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]  # of equal shape
     check_state_names(expected, state, path)
 
 

@@ -6,6 +6,7 @@ one-line error.
 """
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from model.checkpoint import (
     save_model,
 )
 from model.transformer import KVCache
-from tests.helpers import tiny_model
+from tests.helpers import run_process, tiny_model
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -118,6 +119,15 @@ def test_save_and_load_round_trip(variant, tokenizer, tmp_path):
     assert tied == model.config.tie_embeddings
     assert ("lm_head.weight" in read_checkpoint(path)["model"]) != model.config.tie_embeddings
     assert [file.name for file in path.parent.iterdir()] == ["pretrain_32.pth"]  # no temporary file left
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loading_a_model_does_not_import_dynamo(variant, tokenizer, tmp_path):
+    """The import takes a second, and torch makes it for arithmetic on the meta device."""
+    save_model(path := tmp_path / "pretrain_32.pth", make_model(**VARIANTS[variant]), "pretrain", tokenizer, [])
+    loads = f"import sys; from model.checkpoint import load_model; load_model({str(path)!r})"
+    result = run_process(sys.executable, "-c", f"{loads}; print('torch._dynamo' in sys.modules)")
+    assert (result.stdout.strip(), result.returncode) == ("False", 0), result.stderr
 
 
 def test_prefixes_of_wrappers_are_stripped(tokenizer, tmp_path):
