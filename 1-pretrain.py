@@ -34,7 +34,7 @@ from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import cross_entropy_sum
 from trainer.memory import check_memory
-from trainer.mixing import MixedDataset, equal_languages, read_mix_schedule
+from trainer.mixing import MixedDataset, balanced_languages, read_mix_schedule
 from trainer.stage import Stage
 from trainer.train_state import resolve_global_batch_size
 
@@ -89,7 +89,7 @@ def main() -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     splits = check_data(config.data_path, "pretrain", tokenizer)
     if config.minutes and not config.is_mixed:
-        config = dataclasses.replace(config, mix=equal_languages(config.data_path))
+        config = dataclasses.replace(config, mix=balanced_languages(config.data_path))
     mixture = read_mix_schedule(config.data_path, config) if config.is_mixed else None
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         plan = {}

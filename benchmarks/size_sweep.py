@@ -4,8 +4,7 @@
     python -m benchmarks.size_sweep --data dataset/pretrain --only 128x3,256x4      those of two sizes
     python -m benchmarks.size_sweep --fit                                           the law and the picture
 
-Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. The row with
-the flags `--minutes 20` is such a run on two cores, which read its English 2.25 times, counted as new text. A finished
+Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. A finished
 point is a row of docs/size_sweep.csv, and is not run again. --fit writes trainer/scaling_law.json and
 docs/size_sweep.png. The law is fitted as in Hoffmann et al. 2022, arXiv:2203.15556, section 3.3: Huber loss of the
 logarithm of the bits per byte. For given exponents it is linear in E, A and B, so only the exponents are searched.
@@ -44,12 +43,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CSV, PICTURE = ROOT / "docs" / "size_sweep.csv", ROOT / "docs" / "size_sweep.png"
 # Size -> millions of tokens of its runs.
 POINTS = {
-    "128x3": (0.25, 0.8, 2.5, 8, 20.28),
-    "192x3": (0.25, 0.7, 1.8, 6),
-    "256x4": (0.25, 0.5, 1.2, 4),
-    "320x6": (0.2, 0.5, 1.2),
-    "384x6": (0.2, 0.4, 1),
-    "512x8": (0.16, 0.35, 0.8),
+    "128x3": (0.8, 2.5, 20.28),
+    "192x3": (0.7, 1.8, 6),
+    "256x4": (0.5, 1.2, 4),
+    "320x6": (0.5, 1.2),
+    "384x6": (0.4,),
+    "512x8": (0.35,),
 }
 TEXT = "half Chinese, half English"  # of --mix, and of the mean of zh and en
 HUBER_DELTA = 1e-3  # as in the paper, of the logarithm of the loss

@@ -243,7 +243,7 @@ class PlanConfig(TrainConfig, ModelFlags):
     plan: bool = _plan(False, "print parameters, tokens, memory, time and cost, and stop")
     minutes: float = _duration(
         0.0, "train for these minutes, with everything: chooses the steps and, without --preset and --dim, the size; "
-        "languages are mixed equally unless --mix is given",
+        "languages are mixed by tokens ** 0.3 unless --mix is given",
         type=positive_float,
     )  # fmt: skip
     presets: str = _plan(

@@ -124,17 +124,17 @@ def test_the_ladder_rises_from_1_to_110_million_parameters_in_a_dozen_sizes_and_
 
 
 @pytest.mark.parametrize("rung", LADDER)
-def test_every_size_exports_as_a_stock_llama(rung):
+def test_every_size_exports_as_a_stock_qwen3(rung):
     size = ModelConfig(**ladder_fields(rung))
-    settings = transformers.LlamaConfig(
+    settings = transformers.Qwen3Config(
         vocab_size=size.vocab_size, hidden_size=size.dim, intermediate_size=size.hidden_dim,
         num_hidden_layers=size.n_layers, num_attention_heads=size.n_heads, num_key_value_heads=size.n_kv_heads,
-        tie_word_embeddings=size.tie_embeddings,
+        tie_word_embeddings=size.tie_embeddings, head_dim=size.head_dim,
     )  # fmt: skip
     with torch.device("meta"):
-        ours, stock = Transformer(size), transformers.LlamaForCausalLM(settings)
+        ours, stock = Transformer(size), transformers.Qwen3ForCausalLM(settings)
     shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()}
-    assert hf_architecture(size)[0] == "LlamaForCausalLM"
+    assert hf_architecture(size)[0] == "Qwen3ForCausalLM"
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
 
 
@@ -148,9 +148,9 @@ def test_a_size_on_the_command_line_is_kept_and_other_model_flags_leave_the_size
     assert [size.dim for size in sizes("--dim", "128", "--n_heads", "2", "--n_kv_heads", "1")] == [128]
     assert len(sizes("--use_moe")) == 1
     assert sizes() == sizes("--preset", "auto") == SIZES
-    longer = sizes("--max_seq_len", "1024", "--qk_norm")
+    longer = sizes("--max_seq_len", "1024", "--qk_norm", "false")
     assert [size.dim for size in longer] == [size.dim for size in SIZES]
-    assert {(size.max_seq_len, size.qk_norm) for size in longer} == {(1024, True)}
+    assert {(size.max_seq_len, size.qk_norm) for size in longer} == {(1024, False)}
     for model in ({"max_seq_len": 2**25}, {"max_seq_len": 2**23, "head_dim": 2**14}):
         with one_line_error("max_seq_len"):
             candidate_sizes(PlanConfig(model=model), 6400)

@@ -14,7 +14,7 @@ from trainer.mixing import (
     ROUND_ROWS,
     ComponentOrder,
     MixedDataset,
-    equal_languages,
+    balanced_languages,
     largest_remainder,
     read_mix_schedule,
 )
@@ -46,17 +46,20 @@ def test_mix_spec_gives_weights_passes_and_sizes():
 @pytest.mark.parametrize(
     ("tokens", "weights"),
     [
-        ({"zh": 800, "en": 100}, {"en": 1.0, "zh": 1.0}),
-        ({"zh": 901, "en": 99}, None),  # English would be read ten times as often
+        ({"zh": 1024 * 320, "en": 320}, None),  # English would be read 128 times as often
+        ({"zh": 901, "en": 99}, None),
         ({"zh": 900}, None),
-        ({"zh": 500, "en": 490, "": 10}, {"en": 1.0, "zh": 1.0}),
+        ({"zh": 600, "en": 200}, {"en": 1.0, "zh": 1.390}),  # 3 ** 0.3
+        ({"zh": 500, "en": 500, "": 10}, {"en": 1.0, "zh": 1.0}),
     ],
 )
-def test_minutes_mix_large_languages_equally(monkeypatch, tokens, weights):
+def test_minutes_mix_large_languages_by_a_power_of_their_tokens(monkeypatch, tokens, weights):
     shards = [{"language": name, "source": "", "tokens": count} for name, count in tokens.items()]
     monkeypatch.setattr("trainer.mixing.read_meta", lambda path: {"splits": {"train": {"shards": shards}}})
-    spec = equal_languages("data")
-    assert (spec and spec.weights) == weights
+    spec = balanced_languages("data")
+    assert (spec and {name: weight / spec.weights["en"] for name, weight in spec.weights.items()}) == (
+        weights and pytest.approx(weights, abs=1e-3)
+    )
 
 
 def test_temperature_flattens_weights():

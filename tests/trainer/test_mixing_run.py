@@ -90,11 +90,13 @@ def test_two_processes_train_the_rows_of_one(pretrain, mixed_dir):
         assert sorted(one) == sorted(both)
 
 
-def test_minutes_read_the_languages_equally(monkeypatch, pretrain):
+def test_minutes_read_the_languages_by_a_power_of_their_tokens(monkeypatch, pretrain):
     """Without --mix; with it the run keeps the given mixture."""
     monkeypatch.setattr("time.process_time", lambda: 0.0)  # what the tests before have used
     monkeypatch.setattr("trainer.timed_run.measure_step", lambda *given: 10.0)
-    for name, flags, mix in (("equal", (), {"en": 0.5, "zh": 0.5}), ("given", STAGES[:2], {"zh": 0.2, "en": 0.8})):
+    zh = 1814**0.3 / (1814**0.3 + 1888**0.3)  # the tokens of the two languages
+    cases = ("balanced", (), {"en": 1 - zh, "zh": zh}), ("given", STAGES[:2], {"zh": 0.2, "en": 0.8})
+    for name, flags, mix in cases:
         out = pretrain(name, "--max_steps", 0, "--minutes", 2, *flags)
         entry = torch.load(out / "pretrain_32.pth", weights_only=True)["lineage"][-1]
-        assert entry["mix"] == mix
+        assert entry["mix"] == pytest.approx(mix, abs=1e-6)
