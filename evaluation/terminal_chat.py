@@ -33,8 +33,8 @@ COMMAND_HELP = """/reset              clear the conversation
 /save [FILE]        write the conversation to a jsonl file (input of data_process.py sft)
 /system [TEXT]      set the system message; without TEXT remove it
 /history [N]        put the last N turns into the prompt (0: only the question); without N all turns
-/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /no_repeat_ngram_size /max_new_tokens /seed;
-                    without a number: show the settings
+/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /frequency_penalty /no_repeat_ngram_size
+                    /max_new_tokens /seed; without a number: show the settings
 /num_beams 4        beam search (temperature 0), prints complete answers; also /length_penalty
 /exit               quit"""
 

@@ -107,9 +107,9 @@ def make_requests(body: ChatRequest | CompletionRequest, served: ServedModel) ->
 
 
 def make_sampling_params(body: ChatRequest | CompletionRequest, served: ServedModel) -> SamplingParams:
-    """The request's fields, then the model's preset, then the defaults of 2-eval.py; the answer may fill the context.
+    """The request's fields, then the model's preset, then the defaults of 2-eval.py without its frequency penalty.
 
-    Raises ApiError 400 for values that exclude each other.
+    The answer may fill the context. Raises ApiError 400 for values that exclude each other.
     """
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     is_chat, has_several_answers = isinstance(body, ChatRequest), (body.n or 1) > 1
@@ -117,7 +117,7 @@ def make_sampling_params(body: ChatRequest | CompletionRequest, served: ServedMo
     if has_several_answers or body.num_logprobs is not None:
         preset.pop("num_beams", None)  # a beam search gives one answer without log-probabilities
     named = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-    chosen = merge_settings(named, preset, DEFAULT_SAMPLING)
+    chosen = merge_settings(named, preset, {**DEFAULT_SAMPLING, "frequency_penalty": 0.0})  # as in OpenAI's API
     chosen |= {"top_k": max(0, chosen.get("top_k", 0)), "top_p": max(chosen["top_p"], 1e-9)}
     try:
         settings = SamplingParams(

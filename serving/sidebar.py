@@ -19,6 +19,7 @@ from serving.page_strings import SCORE_LABELS, STAGE_LABELS, STRINGS
 SAMPLING_SLIDERS = {"top_p": (0.05, 1.0, 0.9, 0.05), "top_k": (0, 200, 0, 1), "min_p": (0.0, 0.5, 0.0, 0.01)}
 OTHER_SLIDERS = {
     "repetition_penalty": (1.0, 2.0, 1.0, 0.05),
+    "frequency_penalty": (0.0, 2.0, 0.0, 0.05),
     "no_repeat_ngram_size": (0, 20, 0, 1),
     "num_beams": (1, MAX_BEAMS, 1, 1),
 }

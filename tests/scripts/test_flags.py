@@ -39,8 +39,8 @@ FRACTIONS = {
     "epochs", "max_minutes", "minutes", "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
-    "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_fraction",
-    "max_bad_fraction", "keep_fraction", "overlap", "length_penalty", "dist_timeout",
+    "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "max_shard_gb",
+    "val_fraction", "max_bad_fraction", "keep_fraction", "overlap", "length_penalty", "dist_timeout",
 }  # fmt: skip
 PATHS = {
     "files",

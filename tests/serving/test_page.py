@@ -168,6 +168,7 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
 
     monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
+    wanted["frequency_penalty"] = 0.4
     for key, value in wanted.items():
         page.slider(key=key).set_value(value)
     page.slider(key="max_new_tokens_128").set_value(9)
@@ -210,7 +211,7 @@ def test_a_chat_format_brings_its_sampling_preset(open_page, tokenizer, tmp_path
     assert seen == [
         base,
         replace(base, temperature=0.5),
-        SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=128),
+        SamplingParams(temperature=0.7, top_p=0.9, frequency_penalty=0.1, max_new_tokens=128),
     ]
 
 
