@@ -27,8 +27,9 @@ UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # 
 UNION_TYPES = ("list[", "constrained-", "str", "int")  # pydantic's names of the types of a union, in an error's `loc`
 SAMPLING_FIELDS = (  # copied unchanged into SamplingParams
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "no_repeat_ngram_size", "num_beams", "length_penalty",
+    "penalty_window", "no_repeat_ngram_size", "num_beams", "length_penalty",
 )  # fmt: skip
+API_DEFAULTS = {**DEFAULT_SAMPLING, "frequency_penalty": 0.0, "penalty_window": 0}  # penalties as in OpenAI's API
 Body = TypeVar("Body", bound=LenientModel)
 
 
@@ -117,7 +118,7 @@ def make_sampling_params(body: ChatRequest | CompletionRequest, served: ServedMo
     if has_several_answers or body.num_logprobs is not None:
         preset.pop("num_beams", None)  # a beam search gives one answer without log-probabilities
     named = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-    chosen = merge_settings(named, preset, {**DEFAULT_SAMPLING, "frequency_penalty": 0.0})  # as in OpenAI's API
+    chosen = merge_settings(named, preset, API_DEFAULTS)
     chosen |= {"top_k": max(0, chosen.get("top_k", 0)), "top_p": max(chosen["top_p"], 1e-9)}
     try:
         settings = SamplingParams(

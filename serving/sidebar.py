@@ -104,6 +104,7 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
         seed = st.number_input(
             strings["seed"], 0, 2**31, None, key="seed", help=strings["seed_help"], disabled=is_greedy, step=1
         )
+    values["penalty_window"] = first.get("penalty_window", 0)
     values |= {"temperature": 0.0 if is_beam_search else temperature, "max_new_tokens": longest, "seed": seed}
     return SamplingParams(**values)
 

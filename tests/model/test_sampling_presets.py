@@ -47,7 +47,7 @@ def settings_of(chat):
 
 
 PLAIN = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1, "num_beams": 1}
-PLAIN |= {"no_repeat_ngram_size": 0, "frequency_penalty": 0.1}
+PLAIN |= {"no_repeat_ngram_size": 0, "frequency_penalty": 0.2, "penalty_window": 64}
 NO_REPEATS = {"no_repeat_ngram_size": 5, "frequency_penalty": 0}
 SEARCH_SHOWN = "num_beams 4, no_repeat_ngram_size 5, frequency_penalty 0.0"
 SEARCH = {"temperature": 0, "num_beams": 4, **NO_REPEATS}
@@ -94,7 +94,7 @@ def test_evaluations_do_not_use_a_preset(out, monkeypatch, capsys, tmp_path):
     run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
     settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
     assert settings["temperature"] == 0.7 and settings["top_k"] == 0 and settings["repetition_penalty"] == 1
-    assert settings["frequency_penalty"] == 0.1, "the default of every answer that is no answer to a question with keys"
+    assert settings["frequency_penalty"] == 0.2, "the default of every answer that is no answer to a question with keys"
     assert "preset:" not in capsys.readouterr().out
 
 

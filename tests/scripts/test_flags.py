@@ -32,7 +32,7 @@ ZERO_MEANINGS = {
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "max_queue": "none",
     "max_bad_fraction": "not one bad row", "val_fraction": "none",
     "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads",
-    "no_repeat_ngram_size": "off",
+    "no_repeat_ngram_size": "off", "frequency_penalty": "off", "penalty_window": "the whole answer",
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
