@@ -33,8 +33,8 @@ COMMAND_HELP = """/reset              clear the conversation
 /save [FILE]        write the conversation to a jsonl file (input of data_process.py sft)
 /system [TEXT]      set the system message; without TEXT remove it
 /history [N]        put the last N turns into the prompt (0: only the question); without N all turns
-/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /no_repeat_ngram_size /max_new_tokens /seed;
-                    without a number: show the settings
+/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /frequency_penalty /penalty_window
+                    /no_repeat_ngram_size /max_new_tokens /seed; without a number: show the settings
 /num_beams 4        beam search (temperature 0), prints complete answers; also /length_penalty
 /exit               quit"""
 
@@ -169,7 +169,7 @@ def _parse_history(value: str) -> int:
 def _change_sampling(chat: TerminalChat, name: str, value: str) -> str:
     """Change one setting if there is a value; returns all settings as text. Raises UserError."""
     if value:
-        is_integer = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
+        is_integer = name in ("top_k", "penalty_window", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
         current = {key: getattr(chat.settings, key) for key in SAMPLING_SETTINGS}
         try:
             number: Any = None if (name, value) == ("seed", "none") else int(value) if is_integer else float(value)

@@ -36,9 +36,9 @@ Message = dict[str, Any]  # role, content; "weight": 0 excludes an answer from t
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # From the model card of bit-dny/MindLLM-1b3-chat-zh-v2.0, without its repetition_penalty of 0.5: a penalty below 1
 # makes repeated tokens more likely.
-MINDLLM_SAMPLING = {"num_beams": 4, "no_repeat_ngram_size": 5}
+MINDLLM_SAMPLING = {"num_beams": 4, "no_repeat_ngram_size": 5, "frequency_penalty": 0.0}
 # From the model card of BelleGroup/BELLE-7B-2M.
-BELLE_SAMPLING = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+BELLE_SAMPLING = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2, "frequency_penalty": 0.0}
 CHAT_FORMATS = ("chatml", "mindllm", "belle", "text")
 ANY_ROLE = "*"  # key for all other roles; {role} is replaced by the role's name
 

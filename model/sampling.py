@@ -33,6 +33,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 1: tokens of prompt and answer become less likely (Keskar et al. 2019, 4.1)
     presence_penalty: float = 0.0  # subtracted from the logit of every token that occurs in the answer (OpenAI's API)
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the answer (OpenAI's API)
+    penalty_window: int = 0  # presence and frequency penalties count this many last tokens of the answer; 0: all
     no_repeat_ngram_size: int = 0  # n: no n-gram of prompt and answer occurs twice (Paulus et al. 2017, 2.5); 0: off
     num_beams: int = 1  # > 1: beam search, deterministic (beams.py)
     length_penalty: float = 1.0  # final beam score = log-probability / length ** length_penalty
@@ -52,6 +53,7 @@ class SamplingParams:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
+            ("penalty_window", self.penalty_window >= 0, "at least 0"),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0"),
             ("num_beams", 1 <= self.num_beams <= MAX_BEAMS, f"from 1 to {MAX_BEAMS}"),
             ("length_penalty", -10 <= self.length_penalty <= 10, "from -10 to 10"),
@@ -122,7 +124,9 @@ class Penalties:
         """`scores_like`: a tensor (vocab, ...) on the device of the scores. `stop_ids` get no repetition penalty."""
         self.settings, self.stop_ids, rows = settings, stop_ids, settings.num_beams
         self.seen: Tensor | None = None  # (rows, vocab) bool: tokens of prompt and answer
-        self.counts: Tensor | None = None  # (rows, vocab): occurrences in the answer
+        self.counts: Tensor | None = None  # (rows, vocab): occurrences in the answer, or in its last tokens
+        self.recent: Tensor | None = None  # (rows, penalty_window): a ring buffer of the last tokens
+        self.steps = 0
         self.ngrams: list[NgramBlocker] = []  # one per row
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(rows, scores_like.shape[0], dtype=torch.bool, device=scores_like.device)
@@ -130,6 +134,8 @@ class Penalties:
             self.seen[:, stop_ids] = False
         if settings.needs_counts:
             self.counts = torch.zeros(rows, scores_like.shape[0], device=scores_like.device)
+            if settings.penalty_window:
+                self.recent = torch.zeros(rows, settings.penalty_window, dtype=torch.long, device=scores_like.device)
         if settings.no_repeat_ngram_size:
             ngrams = NgramBlocker(settings.no_repeat_ngram_size, prompt)
             self.ngrams = [ngrams, *(ngrams.fork() for _ in range(rows - 1))]
@@ -157,6 +163,12 @@ class Penalties:
             self.seen[rows, tokens] = True
         if self.counts is not None:
             self.counts[rows, tokens] += 1
+            if self.recent is not None:
+                slot = self.steps % self.recent.shape[1]
+                if self.steps >= self.recent.shape[1]:
+                    self.counts[rows, self.recent[:, slot]] -= 1
+                self.recent[:, slot] = torch.tensor(tokens)
+            self.steps += 1
         for ngrams, token in zip(self.ngrams, tokens, strict=False):
             ngrams.append(token)
 
@@ -164,6 +176,7 @@ class Penalties:
         """Replace row i by a copy of row parents[i]."""
         self.seen = None if self.seen is None else self.seen[parents]
         self.counts = None if self.counts is None else self.counts[parents]
+        self.recent = None if self.recent is None else self.recent[parents]
         self.ngrams = [self.ngrams[parent].fork() for parent in parents] if self.ngrams else []
 
 

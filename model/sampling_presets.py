@@ -17,7 +17,11 @@ from model.chat_template import CHAT_FORMATS, ChatTemplate, find_chat_template
 from model.jinja_template import JinjaTemplate
 from model.sampling import SamplingParams
 
-DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
+# Small models become incoherent at temperature 1, and without the penalty one in six of their greedy answers loops.
+# It does not count the prompt, so an answer may repeat the question's words. The window bounds it in long answers.
+DEFAULT_SAMPLING: dict[str, Any] = {
+    "temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.2, "penalty_window": 64,
+}  # fmt: skip
 _MAX_NEW_TOKENS = 200
 PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # values of --sampling_preset
 _GROUP: dict[str, Any] = {"group": "sampling"}
@@ -40,6 +44,14 @@ class SamplingFlags(Config):
     repetition_penalty: float | None = flag(
         None, "above 1: less repetition, for example 1.1 (default: 1)", type=types.positive_float, **_GROUP
     )
+    frequency_penalty: float | None = flag(
+        None, "subtracted from a token's logit per occurrence in the answer; against loops (default: 0.2)",
+        type=types.non_negative_float, **_GROUP,
+    )  # fmt: skip
+    penalty_window: int | None = flag(
+        None, "the frequency penalty counts this many last tokens; 0: all (default: 64)",
+        type=types.non_negative_int, **_GROUP,
+    )  # fmt: skip
     no_repeat_ngram_size: int | None = flag(
         None, "N: no n-gram of N tokens twice, prompt included (default: 0, off)", type=types.non_negative_int, **_GROUP
     )

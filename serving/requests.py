@@ -27,8 +27,9 @@ UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # 
 UNION_TYPES = ("list[", "constrained-", "str", "int")  # pydantic's names of the types of a union, in an error's `loc`
 SAMPLING_FIELDS = (  # copied unchanged into SamplingParams
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "no_repeat_ngram_size", "num_beams", "length_penalty",
+    "penalty_window", "no_repeat_ngram_size", "num_beams", "length_penalty",
 )  # fmt: skip
+API_DEFAULTS = {**DEFAULT_SAMPLING, "frequency_penalty": 0.0, "penalty_window": 0}  # penalties as in OpenAI's API
 Body = TypeVar("Body", bound=LenientModel)
 
 
@@ -107,9 +108,9 @@ def make_requests(body: ChatRequest | CompletionRequest, served: ServedModel) ->
 
 
 def make_sampling_params(body: ChatRequest | CompletionRequest, served: ServedModel) -> SamplingParams:
-    """The request's fields, then the model's preset, then the defaults of 2-eval.py; the answer may fill the context.
+    """The request's fields, then the model's preset, then the defaults of 2-eval.py without its frequency penalty.
 
-    Raises ApiError 400 for values that exclude each other.
+    The answer may fill the context. Raises ApiError 400 for values that exclude each other.
     """
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     is_chat, has_several_answers = isinstance(body, ChatRequest), (body.n or 1) > 1
@@ -117,7 +118,7 @@ def make_sampling_params(body: ChatRequest | CompletionRequest, served: ServedMo
     if has_several_answers or body.num_logprobs is not None:
         preset.pop("num_beams", None)  # a beam search gives one answer without log-probabilities
     named = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-    chosen = merge_settings(named, preset, DEFAULT_SAMPLING)
+    chosen = merge_settings(named, preset, API_DEFAULTS)
     chosen |= {"top_k": max(0, chosen.get("top_k", 0)), "top_p": max(chosen["top_p"], 1e-9)}
     try:
         settings = SamplingParams(

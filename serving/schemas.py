@@ -88,6 +88,9 @@ class GenerationRequest(LenientModel):
     )
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    penalty_window: Annotated[int, Field(ge=0, le=1_000_000), ACCEPT_WHOLE_FLOATS] | None = Field(
+        None, description="both penalties count this many last tokens of the answer; 0: all (default)"
+    )
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000), ACCEPT_WHOLE_FLOATS] | None = Field(
         None, description="no n-gram of tokens occurs twice, the prompt included; 0: off (default)"

@@ -19,6 +19,7 @@ from serving.page_strings import SCORE_LABELS, STAGE_LABELS, STRINGS
 SAMPLING_SLIDERS = {"top_p": (0.05, 1.0, 0.9, 0.05), "top_k": (0, 200, 0, 1), "min_p": (0.0, 0.5, 0.0, 0.01)}
 OTHER_SLIDERS = {
     "repetition_penalty": (1.0, 2.0, 1.0, 0.05),
+    "frequency_penalty": (0.0, 2.0, 0.0, 0.05),
     "no_repeat_ngram_size": (0, 20, 0, 1),
     "num_beams": (1, MAX_BEAMS, 1, 1),
 }
@@ -103,6 +104,7 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
         seed = st.number_input(
             strings["seed"], 0, 2**31, None, key="seed", help=strings["seed_help"], disabled=is_greedy, step=1
         )
+    values["penalty_window"] = first.get("penalty_window", 0)
     values |= {"temperature": 0.0 if is_beam_search else temperature, "max_new_tokens": longest, "seed": seed}
     return SamplingParams(**values)
 

@@ -48,7 +48,8 @@ def test_report_compares_served_and_local_model(served_models, run_report, scrip
     assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served_models.url}#first")
     assert [row["answer"] for row in other["answers"]] == [prompt + prompt for *_, prompt in PROMPTS]
     assert [body["messages"] for body in served_models.seen] == [[{"role": "user", "content": p}] for *_, p in PROMPTS]
-    settings = {"model": "first", "temperature": 0.7, "top_p": 0.9, "max_tokens": 8}
+    settings = {"model": "first", "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "frequency_penalty": 0.2}
+    settings["penalty_window"] = 64
     assert [{**body, "messages": 0} for body in served_models.seen] == [
         {**settings, "messages": 0, "seed": number} for number in range(32)
     ]

@@ -334,7 +334,9 @@ def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monke
 
 
 def test_chat_formats_have_the_sampling_of_their_model_card(tokenizer):
-    belle = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+    """The default frequency penalty is no part of a model card: the presets turn it off."""
+    belle = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2, "frequency_penalty": 0}
+    mindllm = {"num_beams": 4, "no_repeat_ngram_size": 5, "frequency_penalty": 0}
     assert tokenizer.with_chat_format("belle").format.sampling == belle
-    assert tokenizer.with_chat_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
+    assert tokenizer.with_chat_format("mindllm").format.sampling == mindllm
     assert tokenizer.format.sampling == tokenizer.with_chat_format("text").format.sampling == {}

@@ -2,12 +2,13 @@
 
 Promises: a flag overrides one setting of the preset and keeps the others; a flag for num_beams or temperature resets
 the other; the introduction shows the settings; --sampling_preset none and --report use no preset; --questions is
-greedy; /num_beams and /temperature change the settings of a running chat.
+greedy; /num_beams and /temperature change the settings of a running chat; the default penalty ends loops.
 """
 
 import json
 
 import pytest
+import torch
 
 from common.errors import UserError
 from evaluation.chat_model import ChatModel
@@ -15,11 +16,15 @@ from evaluation.report import answer_prompts
 from evaluation.terminal_chat import run_terminal_chat
 from model.chat_template import CHAT_FORMATS
 from model.completion import Completion
+from model.config import ModelConfig
+from model.generate import generate
+from model.repetition import has_loop
 from model.sampling import SamplingParams
 from model.sampling_presets import DEFAULT_SAMPLING, PRESET_CHOICES, find_preset, merge_settings
+from model.transformer import Transformer
 from tests.helpers import run_here, run_script, save_scripted_model, start_chat
 
-BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2, "frequency_penalty": 0}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +47,10 @@ def settings_of(chat):
 
 
 PLAIN = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1, "num_beams": 1}
-PLAIN |= {"no_repeat_ngram_size": 0}
-SEARCH = {"temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
+PLAIN |= {"no_repeat_ngram_size": 0, "frequency_penalty": 0.2, "penalty_window": 64}
+NO_REPEATS = {"no_repeat_ngram_size": 5, "frequency_penalty": 0}
+SEARCH_SHOWN = "num_beams 4, no_repeat_ngram_size 5, frequency_penalty 0.0"
+SEARCH = {"temperature": 0, "num_beams": 4, **NO_REPEATS}
 
 
 @pytest.mark.parametrize(
@@ -51,18 +58,18 @@ SEARCH = {"temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
     [
         ("chatml", [], {}, None),
         ("text", [], {}, None),
-        ("belle", [], BELLE, "top_k 30, top_p 0.85, temperature 0.35, repetition_penalty 1.2"),
+        ("belle", [], BELLE, "top_k 30, top_p 0.85, temperature 0.35, repetition_penalty 1.2, frequency_penalty 0.0"),
         ("belle", ["--top_k", 5, "--temperature", 0], {**BELLE, "top_k": 5, "temperature": 0},
-         "top_p 0.85, repetition_penalty 1.2"),
+         "top_p 0.85, repetition_penalty 1.2, frequency_penalty 0.0"),
         ("belle", ["--sampling_preset", "none"], {}, None),
         ("belle", ["--num_beams", 2], {**BELLE, "temperature": 0, "num_beams": 2},
-         "top_k 30, top_p 0.85, repetition_penalty 1.2"),
-        ("mindllm", [], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
-        ("mindllm", ["--temperature", 0.5], {"temperature": 0.5, "no_repeat_ngram_size": 5}, "no_repeat_ngram_size 5"),
-        ("mindllm", ["--temperature", 0], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
-        ("mindllm", ["--num_beams", 1], {"no_repeat_ngram_size": 5}, "no_repeat_ngram_size 5"),
+         "top_k 30, top_p 0.85, repetition_penalty 1.2, frequency_penalty 0.0"),
+        ("mindllm", [], SEARCH, SEARCH_SHOWN),
+        ("mindllm", ["--temperature", 0.5], {"temperature": 0.5, **NO_REPEATS}, SEARCH_SHOWN[13:]),
+        ("mindllm", ["--temperature", 0], SEARCH, SEARCH_SHOWN),
+        ("mindllm", ["--num_beams", 1], NO_REPEATS, SEARCH_SHOWN[13:]),
         ("mindllm", ["--sampling_preset", "none", "--num_beams", 3], {"temperature": 0, "num_beams": 3}, None),
-        ("chatml", ["--sampling_preset", "mindllm"], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
+        ("chatml", ["--sampling_preset", "mindllm"], SEARCH, SEARCH_SHOWN),
     ],
 )  # fmt: skip
 def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat, capsys, name, flags, changes, shown):
@@ -87,7 +94,23 @@ def test_evaluations_do_not_use_a_preset(out, monkeypatch, capsys, tmp_path):
     run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
     settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
     assert settings["temperature"] == 0.7 and settings["top_k"] == 0 and settings["repetition_penalty"] == 1
+    assert settings["frequency_penalty"] == 0.2, "the default of every answer that is no answer to a question with keys"
     assert "preset:" not in capsys.readouterr().out
+
+
+def test_the_default_penalty_ends_loops_and_does_not_count_the_prompt(tokenizer):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 2, 2, 2, max_seq_len=128)).eval()
+    prompts = [[token, token + 1, token] for token in range(40, 56)]
+
+    def answers(**settings):
+        params = SamplingParams(**{**settings, "temperature": 0, "max_new_tokens": 80})
+        return [answer.ids for answer in generate(model, prompts, params, tokenizer)]
+
+    plain, default = answers(), answers(**DEFAULT_SAMPLING)
+    loops = [sum(has_loop(ids, at_end=True) for ids in found) for found in (plain, default)]
+    assert loops[0] == len(prompts) and loops[1] <= len(prompts) / 4, "an untrained model repeats one token"
+    assert [ids[0] for ids in plain] == [ids[0] for ids in default]
 
 
 def test_conflicting_flags_are_one_line_errors(make_chat, monkeypatch, capsys):
@@ -122,7 +145,8 @@ def test_set_command_changes_sampling_in_a_chat(make_chat, monkeypatch, capsys, 
     assert "[temperature 0.0, top_k 0" in shown and "num_beams 4" in shown and "\nhi\n" in shown
     assert "[/num_beams: must be from 1 to 8, not 9]" in shown
     assert "[/no_repeat_ngram_size: 1.5 is not a whole number]" in shown
-    assert settings_of(chat) == {**PLAIN, **SEARCH} and chat.settings.length_penalty == 0.5
+    search = {**PLAIN, "temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
+    assert settings_of(chat) == search and chat.settings.length_penalty == 0.5
     lines = iter(["/temperature 0.9", "/exit"])
     run_terminal_chat(chat, tmp_path)
     assert settings_of(chat) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}

@@ -168,13 +168,14 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
 
     monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
+    wanted["frequency_penalty"] = 0.4  # its window has no control
     for key, value in wanted.items():
         page.slider(key=key).set_value(value)
     page.slider(key="max_new_tokens_128").set_value(9)
     page.number_input(key="seed").set_value(3)
     page.text_area(key="system").set_value("Be kind.")
     ask_question(page.run(), "x")
-    assert seen == [(SamplingParams(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
+    assert seen == [(SamplingParams(**wanted, penalty_window=64, max_new_tokens=9, seed=3), "Be kind.")]
     page.slider(key="temperature").set_value(0.0).run()
     assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy"
 
@@ -206,11 +207,11 @@ def test_a_chat_format_brings_its_sampling_preset(open_page, tokenizer, tmp_path
     page.toggle(key="preset_belle").set_value(False).run()
     ask_question(page, "x")
     preset = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
-    base = SamplingParams(max_new_tokens=128, **preset)
+    base = SamplingParams(max_new_tokens=128, penalty_window=64, **preset)
     assert seen == [
         base,
         replace(base, temperature=0.5),
-        SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=128),
+        SamplingParams(temperature=0.7, top_p=0.9, frequency_penalty=0.2, penalty_window=64, max_new_tokens=128),
     ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.detokenizer import token_bytes
 from model.generate import DecodeBatch, generate
-from model.sampling import SamplingParams, apply_count_penalties, sample, sample_rows
+from model.sampling import Penalties, SamplingParams, apply_count_penalties, sample, sample_rows
 from serving.scheduler import QueueFull, abort
 from tests.serving.server_helpers import SchedulerDriver, make_random_model, make_sequence
 
@@ -109,6 +109,25 @@ def test_penalties_count_the_answer_and_not_the_prompt(model, tokenizer):
         for p in (0.0, 1e6)
     )
     assert plain == penalised
+
+
+def test_a_penalty_window_counts_the_last_tokens_of_the_answer(model, tokenizer):
+    """Equals counting anew at every step, also after beams change places; outside the window a token is free again."""
+    settings = SamplingParams(num_beams=2, frequency_penalty=0.5, penalty_window=3)
+    penalties, answers = Penalties(settings, [1, 2], [], torch.zeros(9)), [[], []]
+    for step, tokens in enumerate([[4, 5], [4, 6], [7, 5], [4, 4], [8, 4], [7, 7], [0, 4]]):
+        if step == 4:
+            penalties.reorder([1, 1])
+            answers = [answers[1][:], answers[1][:]]
+        penalties.update(tokens)
+        answers = [[*answer, token] for answer, token in zip(answers, tokens, strict=True)]
+        expected = torch.stack([torch.bincount(torch.tensor(answer[-3:]), minlength=9) for answer in answers])
+        assert torch.equal(penalties.apply(torch.zeros(2, 9)), -0.5 * expected)
+    wide, whole = (
+        generate(model, [[50]], SamplingParams(frequency_penalty=1.0, penalty_window=n, max_new_tokens=20), tokenizer)
+        for n in (20, 0)
+    )
+    assert wide == whole
 
 
 @torch.no_grad()

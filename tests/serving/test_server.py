@@ -137,7 +137,7 @@ def test_stop_strings_cut_text_and_logprobs(client, server):
 
 def test_sampling_fields_reach_the_generator(client, server):
     numbers = {"top_p": 0.8, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.7}
-    ours = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
+    ours = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2, "penalty_window": 3}
     answer = chat(client, temperature=0.9, **numbers, extra_body=ours)
     expected = generate_alone(server, HELLO, max_new_tokens=20, temperature=0.9, **numbers, **ours)
     assert answer.choices[0].message.content == expected.text
