@@ -30,6 +30,7 @@ from trainer.engine import Engine
 from trainer.loss_guard import NonFiniteGuard
 from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
 from trainer.optim import set_learning_rate
+from trainer.reference import reference_for
 from trainer.stage import Stage
 from trainer.startup import check_first_loss, log_startup, make_engine
 from trainer.throughput import Throughput
@@ -80,7 +81,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
         engine.load_optimizer(saved, state.scaler)
     elif not stage.lineage:
         check_first_loss(config, stage, sampler, engine)
-    logger = open_logger(config, stage, total_steps, state.step, dist)
+    logger = open_logger(config, stage, total_steps, state, dist)
     guard = NonFiniteGuard(config, stage, sampler, logger, dist)
     guard.start_from(state, is_resumed=saved is not None)
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
@@ -127,9 +128,17 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     return path
 
 
-def open_logger(config: TrainConfig, stage: Stage, total_steps: int, step: int, dist: DistContext) -> MetricLogger:
+def open_logger(
+    config: TrainConfig, stage: Stage, total_steps: int, state: TrainState, dist: DistContext
+) -> MetricLogger:
+    """Open the log. A run from scratch on text is compared with reference runs."""
     path = stage.checkpoint_path(config.out_dir).with_suffix(".jsonl")
-    logger = MetricLogger(path, stage.name, total_steps, step, dist.is_rank0)
+    reference, model_config = None, stage.model.config
+    if stage.name == "pretrain" and not stage.lineage:
+        steps, ratio = config.warmup
+        warmup, step_tokens = max(steps, ratio * total_steps), state.rows_per_step * model_config.max_seq_len
+        reference = reference_for(model_config, step_tokens, warmup)
+    logger = MetricLogger(path, stage.name, total_steps, state.step, dist.is_rank0, reference)
     if config.use_wandb and dist.is_rank0:
         logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
     return logger
@@ -198,7 +207,8 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> PendingSums:
 
     Names: loss (sum), num_targets (trained tokens or pairs), num_tokens (tokens that are not padding), num_positions
     (all), utf8_bytes (of trained tokens), stop_requests (number of processes with a stop signal), grad_norm (before
-    clipping), and the sums that compute_loss returns. If loss or norm are not finite, the step is skipped. The host does not wait for the device.
+    clipping), and the sums that compute_loss returns. If loss or norm are not finite, the step is skipped. The host
+    does not wait for the device.
     """
     dist, sums = engine.dist, MetricSums(engine.dist)
     num_targets = dist.all_reduce(sums.number(sum(batch["num_targets"] for batch in micro_batches)))

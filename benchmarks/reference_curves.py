@@ -1,0 +1,238 @@
+"""Train reference runs that vary as healthy runs do, and compute the curve and the band that runs are compared with.
+
+    python -m benchmarks.reference_curves --data dataset/pretrain                   the missing runs of RUNS
+    python -m benchmarks.reference_curves --data dataset/pretrain --only small      those of one size
+    python -m benchmarks.reference_curves --fit                                     the bands and the picture
+
+A run is one of 1-pretrain.py with one thread. Its log is kept as rows of docs/reference_runs.csv; it is not run again.
+--fit writes trainer/reference_curves.csv and docs/reference_curves.png:
+
+    value of a run    ln of its bits per byte at a number of tokens, smoothed over the log rows from half to twice it
+    smallest size     median: mean m of the values of its runs; band: m +- 1.645 s, s their standard deviation
+    other sizes       m + the mean difference from the run of the smallest size with the same variation; the same s
+
+1.645 s leaves 5 % of a normal distribution on each side. The variations are chosen, not drawn: text (Chinese, English,
+both), learning rate and batch size by a factor of two, decay or none, seeds. With about ten runs s is known to within a
+third. Larger sizes have few runs: their band assumes that a variation changes them by the same factor.
+Read next: ../trainer/reference.py (the comparison).
+"""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.harness import save_figure
+from benchmarks.size_sweep import fields_of
+from common.cli import Config, NameList, flag, parse
+from common.errors import UserError, fail_in_one_line
+from common.files import write_text
+from common.flag_types import path_string
+from model.config import PRESETS, ModelConfig
+from model.parameters import count_parameters
+from trainer.reference import FIRST_TOKENS, REFERENCE_FILE, STEP_TOKENS, read_reference, training_points
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV, PICTURE = ROOT / "docs" / "reference_runs.csv", ROOT / "docs" / "reference_curves.png"
+SIZES = {"128x3": fields_of("128x3"), **{name: PRESETS[name] for name in ("demo", "small", "base")}}
+TEXTS = {"zh": "zh=1", "en": "en=1", "both": "zh=0.5,en=0.5"}
+LEARNING_RATE = 8e-3  # the default of 1-pretrain.py
+GRID = FIRST_TOKENS * 2.0 ** (np.arange(-1, 17) / 2)  # tokens at which the curves are computed
+QUANTILE = 1.645  # of the normal distribution, at 95 %
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """A run, and how it varies. learning_rate and batch: multiples of the default."""
+
+    size: str
+    steps: int  # of STEP_TOKENS
+    text: str = "both"
+    learning_rate: float = 1.0
+    batch: float = 1.0
+    decays: bool = False  # the learning rate, to 0 at the end; if not, it stays constant after the warm-up
+    seed: int = 42
+
+    @property
+    def variation(self) -> str:
+        decay = "decay" if self.decays else "constant"
+        return f"{self.text} lr x{self.learning_rate:g} batch x{self.batch:g} {decay} seed {self.seed}"
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of 1-pretrain.py."""
+        fields = SIZES[self.size]
+        steps = round(self.steps / self.batch)
+        flags = {
+            **fields, "batch_size": round(self.batch * STEP_TOKENS / ModelConfig(**fields).max_seq_len),
+            "max_steps": steps, "learning_rate": f"{self.learning_rate * LEARNING_RATE:g}",
+            "min_lr_ratio": int(not self.decays), "mix": TEXTS[self.text], "seed": self.seed, "log_interval": 5,
+            "eval_interval": steps, "save_interval": steps, "eval_tokens": 1, "compile": "off",
+        }  # fmt: skip
+        return [str(part).lower() for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+SMALLEST = ReferenceRun("128x3", 200)
+VARIED = (
+    replace(SMALLEST, steps=300),
+    replace(SMALLEST, text="zh"),
+    replace(SMALLEST, text="en"),
+    replace(SMALLEST, learning_rate=0.5),
+    replace(SMALLEST, learning_rate=2),
+    replace(SMALLEST, decays=True, seed=1),
+    replace(SMALLEST, batch=0.5),
+    replace(SMALLEST, batch=2),
+    replace(SMALLEST, text="zh", learning_rate=2, batch=0.5, seed=2),
+    replace(SMALLEST, text="en", learning_rate=0.5, batch=2, seed=3),
+)
+RUNS = (*VARIED, ReferenceRun("demo", 150), ReferenceRun("small", 100), ReferenceRun("base", 30))
+Points = list[tuple[float, float]]  # (tokens, bits per byte)
+Curves = dict[tuple[str, str], Points]  # (size, variation) -> the log of the run
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(Config):
+    """The command line."""
+
+    data: str = flag("dataset/pretrain", "folder written by data_process.py pretrain", type=path_string)
+    tokenizer: str = flag("model/tokenizer", "its tokenizer", type=path_string)
+    only: tuple[str, ...] = flag((), "sizes to run, as 128x3,small (default: all)", action=NameList)
+    fit: bool = flag(False, "compute the bands from the runs there are, and draw them")
+    points: str = flag(str(CSV), "file of the runs", type=path_string)
+
+    def check(self) -> None:
+        if unknown := [name for name in self.only if name not in SIZES]:
+            raise UserError(f"--only {unknown[0]}: choose from {', '.join(SIZES)}")
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+def read_runs(path: Path) -> Curves:
+    """Return the runs of a file, {} if there is none."""
+    curves: Curves = {}
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                point = float(row["tokens"]), float(row["bits_per_byte"])
+                curves.setdefault((row["size"], row["variation"]), []).append(point)
+    return curves
+
+
+def write_runs(path: Path, curves: Curves) -> None:
+    rows = [(*key, round(tokens), f"{value:.4f}") for key, points in curves.items() for tokens, value in points]
+    write_rows(path, ("size", "variation", "tokens", "bits_per_byte"), rows)
+
+
+def write_rows(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([names, *rows])
+    write_text(path, text.getvalue())
+
+
+def train_run(config: ReferenceConfig, run: ReferenceRun) -> Points:
+    """Train one run in a new process with one thread. Raises UserError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="reference_curves_") as out:
+        where = ["--data_path", config.data, "--tokenizer", config.tokenizer, "--out_dir", out]
+        done = subprocess.run(  # this project's own script, no shell
+            [sys.executable, "1-pretrain.py", *run.flags, *where], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # nosec B603  # fmt: skip
+        if done.returncode:
+            raise UserError(f"{run.size}, {run.variation}: {(done.stderr or done.stdout).strip()[-500:]}")
+        lines = next(Path(out).glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
+    return list(training_points(map(json.loads, lines)))
+
+
+def train_missing(config: ReferenceConfig) -> None:
+    """Train the runs that the file lacks, and add each to the file."""
+    path = Path(config.points)
+    for run in RUNS:
+        curves = read_runs(path)
+        if (run.size, run.variation) in curves or (config.only and run.size not in config.only):
+            continue
+        curves[run.size, run.variation] = points = train_run(config, run)
+        write_runs(path, curves)
+        print(f"{run.size}, {run.variation}: {points[-1][1]:.3f} bits per byte", flush=True)
+
+
+# ---- the bands -------------------------------------------------------------------------------------------------------
+def smooth(points: Points, tokens: np.ndarray) -> np.ndarray:
+    """Return ln of bits per byte at these numbers of tokens, NaN beyond the last row: (len(tokens),).
+
+    A line is fitted to the rows from half to twice the tokens; its weights fall linearly from there to 0.
+    """
+    x, y = np.log(np.array(points).T)
+    found = np.full(len(tokens), np.nan)
+    for i, at in enumerate(np.log(tokens)):
+        weights = np.clip(1 - np.abs(x - at) / np.log(2), 0, None)
+        if at <= x[-1] + 1e-9 and (weights > 0).sum() >= 3:
+            found[i] = np.polyval(np.polyfit(x - at, y, 1, w=np.sqrt(weights)), 0.0)
+    return found
+
+
+def fit_bands(curves: Curves) -> list[tuple[str, int, int, float, float, float, int]]:
+    """Return (size, layer_matrices, tokens, low, median, high, runs) by size and tokens. See the module docstring."""
+    smoothed = {key: smooth(points, GRID) for key, points in curves.items()}
+    smallest = {variation: values for (size, variation), values in smoothed.items() if size == SMALLEST.size}
+    rows = []
+    for size, fields in SIZES.items():
+        matrices = count_parameters(ModelConfig(**fields)).layer_matrices
+        for i, tokens in enumerate(GRID):
+            base = {key: values[i] for key, values in smallest.items() if not np.isnan(values[i])}
+            steps = [
+                values[i] - base[variation]
+                for (name, variation), values in smoothed.items()
+                if name == size and variation in base and not np.isnan(values[i])
+            ]
+            if len(base) < 3 or not steps:
+                continue
+            middle = np.mean([*base.values()]) + np.mean(steps)
+            spread = QUANTILE * np.std([*base.values()], ddof=1)
+            band = (round(float(np.exp(middle + sign * spread)), 4) for sign in (-1, 0, 1))
+            rows.append((size, matrices, round(tokens), *band, len(steps)))
+    return rows
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """Draw the runs of every size and their band, bits per byte against tokens."""
+    from matplotlib.figure import Figure
+
+    bands = read_reference(REFERENCE_FILE)
+    figure = Figure(figsize=(4 * len(bands), 4))
+    panels = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
+    for axes, (size, fields) in zip(panels, SIZES.items(), strict=False):
+        tokens, low, median, high = bands[count_parameters(ModelConfig(**fields)).layer_matrices].T
+        axes.fill_between(tokens, low, high, color="C7", alpha=0.3)
+        axes.plot(tokens, median, "k--", linewidth=1)
+        for (name, variation), points in curves.items():
+            if name == size:
+                axes.plot(*np.array(points).T, linewidth=0.7, label=variation)
+        axes.set(title=size, xscale="log", xlabel="tokens trained", ylim=(2, 3.6))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("bits per byte of the training text")
+    panels[0].legend(fontsize=5)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    config = parse(ReferenceConfig, __doc__)
+    if not config.fit:
+        return train_missing(config)
+    curves = read_runs(Path(config.points))
+    names = ("size", "layer_matrices", "tokens", "low", "median", "high", "runs")
+    write_rows(REFERENCE_FILE, names, rows := fit_bands(curves))
+    print(*(f"{size}, {tokens / 1e6:.2f} M tokens: {low:.3f} {median:.3f} {high:.3f}, {runs} runs"
+            for size, _, tokens, low, median, high, runs in rows), sep="\n")  # fmt: skip
+    draw(curves, PICTURE)
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

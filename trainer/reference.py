@@ -1,0 +1,137 @@
+"""Where a pretraining run lies among reference runs: its training loss in bits per byte at equal numbers of tokens.
+
+    bits per byte = loss sum / ln 2 / UTF-8 bytes of the trained tokens
+    place of run  = median * exp(mean of ln(bits per byte / median at the row's tokens) over the last log rows)
+
+reference_curves.csv has the median of healthy runs, and the bounds below and above which 5 % of them lie, by size and
+tokens. `python -m benchmarks.reference_curves --fit` computes it from docs/reference_runs.csv. Between the measured
+sizes and tokens it is interpolated over their logarithms; there is no reference beyond them.
+Read next: metrics.py (prints the statements), curves.py (draws the band), ../benchmarks/reference_curves.py (the runs).
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.parameters import count_parameters
+
+REFERENCE_FILE = Path(__file__).with_name("reference_curves.csv")
+STEP_TOKENS = 4096  # tokens per step of the reference runs
+MAX_BATCH_RATIO = 2  # a run is compared if its tokens per step are within this factor of them
+FIRST_TOKENS = 100_000  # the first statement comes after these tokens
+WARMUP_MARGIN = 1.2  # and after this multiple of the warm-up
+MAX_STATEMENTS = 6  # and one at the end of the run
+
+Curve = np.ndarray  # (points, 4): tokens, and bits per byte: low, median, high
+
+
+def read_reference(path: Path) -> dict[int, Curve]:
+    """Return the curves by the number of parameters in layer matrices, both ascending."""
+    points: dict[int, list[list[float]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            values = [float(row[name]) for name in ("tokens", "low", "median", "high")]
+            points.setdefault(int(row["layer_matrices"]), []).append(values)
+    return {size: np.array(sorted(points[size])) for size in sorted(points)}
+
+
+def interpolate_sizes(curves: Mapping[int, Curve], size: int) -> Curve | None:
+    """Return the curve of a size at the tokens that both neighbours have, None beyond the measured sizes."""
+    if not curves or not min(curves) <= size <= max(curves):
+        return None
+    small, large = max(each for each in curves if each <= size), min(each for each in curves if each >= size)
+    weight = math.log(size / small) / math.log(large / small) if large > small else 0.0
+    tokens = np.intersect1d(curves[small][:, 0], curves[large][:, 0])
+    below, above = (np.log(curves[each][np.isin(curves[each][:, 0], tokens)]) for each in (small, large))
+    return np.exp((1 - weight) * below + weight * above) if len(tokens) > 1 else None
+
+
+def interpolate_tokens(curve: Curve, tokens: float) -> tuple[float, float, float]:
+    """Return (low, median, high) at a number of tokens within the curve."""
+    x, *columns = np.log(curve).T
+    low, median, high = (math.exp(np.interp(math.log(tokens), x, y)) for y in columns)
+    return low, median, high
+
+
+def training_points(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Yield (tokens, bits per byte) of the training rows of a log. Skips values that are missing or not finite."""
+    for row in rows:
+        tokens, value = row.get("tokens"), row.get("train_bits_per_byte")
+        if type(tokens) is int and type(value) is float and tokens > 0 and 0 < value < math.inf:
+            yield float(tokens), value
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference of one run: its curve, or the reason why it has none. first_tokens: of the first statement."""
+
+    curve: Curve | None
+    reason: str
+    first_tokens: float
+
+    def milestones(self) -> list[float]:
+        """Return the numbers of tokens at which the run is compared: spread evenly over their logarithm."""
+        if self.curve is None:
+            return [self.first_tokens]
+        span = float(self.curve[-1, 0]) / self.first_tokens
+        if span < 1:
+            return []
+        count = min(MAX_STATEMENTS, 1 + math.ceil(math.log2(span) - 0.01))
+        return [self.first_tokens * span ** (i / max(count - 1, 1)) for i in range(count)]
+
+    def statement(self, rows: list[dict[str, Any]], is_last: bool) -> str:
+        """Return what to print after the last row of the log, or "". is_last: the run is complete.
+
+        It depends on the rows only, so a resumed run prints what an uninterrupted one prints.
+        """
+        points = training_points(reversed(rows))
+        now, before = next(points, (0.0, 0.0))[0], next(points, (0.0, 0.0))[0]
+        is_due = any(before < each <= now for each in self.milestones())
+        if not is_due and not (is_last and self.curve is not None and self.first_tokens <= now <= self.curve[-1, 0]):
+            return ""
+        if self.curve is None:
+            return self.reason
+        tokens = min(now, float(self.curve[-1, 0]))
+        start = max(tokens / 2, float(self.curve[0, 0]))
+        points = takewhile(lambda point: point[0] >= start, training_points(reversed(rows)))
+        recent = [(seen, value) for seen, value in points if seen <= tokens]
+        if not recent:
+            return ""
+        ratio = math.exp(np.mean([math.log(value / interpolate_tokens(self.curve, seen)[1]) for seen, value in recent]))
+        end = "" if now < self.curve[-1, 0] else "; the reference for this size ends here"
+        return f"step {rows[-1]['step']}: {compare(ratio, interpolate_tokens(self.curve, tokens), tokens)}{end}"
+
+
+def compare(ratio: float, bounds: tuple[float, float, float], tokens: float) -> str:
+    """Return where a run lies whose bits per byte are `ratio` times the median."""
+    low, median, high = bounds
+    value, at = ratio * median, f"at {tokens / 1e6:.2g} M tokens"
+    shown = f"{value:.2f} bits per byte in training: "
+    if value > high:
+        return (
+            f"{shown}slower than 95 % of the reference runs ({high:.2f} {at}): look at the learning rate and the data"
+        )
+    if value < low:
+        return f"{shown}lower than 95 % of the reference runs ({low:.2f} {at}): the text is simpler than theirs, or repeated"
+    return f"{shown}normal (90 % of the reference runs lie between {low:.2f} and {high:.2f} {at})"
+
+
+def reference_for(config: ModelConfig, step_tokens: int, warmup_steps: float, path: Path | None = None) -> Reference:
+    """Return the reference of a run from scratch with these tokens per step."""
+    curves = read_reference(path or REFERENCE_FILE)
+    curve, reason = interpolate_sizes(curves, count_parameters(config).layer_matrices), ""
+    if config.use_moe:
+        reason = "its runs are of dense models"
+    elif curve is None:
+        reason = f"its runs have {min(curves) / 1e6:.1f} to {max(curves) / 1e6:.1f} M parameters in their layers"
+    elif not 1 / MAX_BATCH_RATIO <= step_tokens / STEP_TOKENS <= MAX_BATCH_RATIO:
+        reason = f"its runs have {STEP_TOKENS:,} tokens per step, this one {step_tokens:,}"
+    first = max(FIRST_TOKENS, WARMUP_MARGIN * warmup_steps * step_tokens)
+    return Reference(None if reason else curve, f"no reference curve for this run: {reason}", first)
