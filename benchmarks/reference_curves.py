@@ -93,7 +93,8 @@ VARIED = (
     replace(SMALLEST, text="zh", learning_rate=2, batch=0.5, seed=2),
     replace(SMALLEST, text="en", learning_rate=0.5, batch=2, seed=3),
 )
-RUNS = (*VARIED, ReferenceRun("demo", 150), ReferenceRun("small", 100), ReferenceRun("base", 30))
+LARGER = (ReferenceRun("small", 100), ReferenceRun("demo", 150), ReferenceRun("base", 60))
+RUNS = (*VARIED[:6], *LARGER[:2], *VARIED[6:], LARGER[2])  # the most informative ones first
 Points = list[tuple[float, float]]  # (tokens, bits per byte)
 Curves = dict[tuple[str, str], Points]  # (size, variation) -> the log of the run
 

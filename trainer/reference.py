@@ -113,14 +113,13 @@ def compare(ratio: float, bounds: tuple[float, float, float], tokens: float) -> 
     """Return where a run lies whose bits per byte are `ratio` times the median."""
     low, median, high = bounds
     value, at = ratio * median, f"at {tokens / 1e6:.2g} M tokens"
-    shown = f"{value:.2f} bits per byte in training: "
     if value > high:
-        return (
-            f"{shown}slower than 95 % of the reference runs ({high:.2f} {at}): look at the learning rate and the data"
-        )
-    if value < low:
-        return f"{shown}lower than 95 % of the reference runs ({low:.2f} {at}): the text is simpler than theirs, or repeated"
-    return f"{shown}normal (90 % of the reference runs lie between {low:.2f} and {high:.2f} {at})"
+        verdict = f"slower than 95 % of the reference runs ({high:.2f} {at}): look at the learning rate and the data"
+    elif value < low:
+        verdict = f"below 95 % of the reference runs ({low:.2f} {at}): the text is simpler than theirs, or repeated"
+    else:
+        verdict = f"normal (90 % of the reference runs lie between {low:.2f} and {high:.2f} {at})"
+    return f"{value:.2f} bits per byte in training: {verdict}"
 
 
 def reference_for(config: ModelConfig, step_tokens: int, warmup_steps: float, path: Path | None = None) -> Reference:
