@@ -148,7 +148,7 @@ def train_run(config: ReferenceConfig, run: ReferenceRun) -> Points:
         if done.returncode:
             raise UserError(f"{run.size}, {run.variation}: {(done.stderr or done.stdout).strip()[-500:]}")
         lines = next(Path(out).glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
-    return list(training_points(map(json.loads, lines)))
+    return sorted(training_points([json.loads(line) for line in lines]))
 
 
 def train_missing(config: ReferenceConfig) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.files import atomic_write
-from trainer.reference import Curve, interpolate_tokens
+from trainer.reference import Curve, is_measured
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str, reference: Curve | None = None) -> None:
@@ -49,14 +49,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, title: str, reference: C
 
 
 def draw_band(axes: Axes, train: list[dict[str, Any]], reference: Curve) -> None:
-    """Draw the band of the reference runs in nats per token, by the bytes per token of each row."""
-    band = []
-    for row in train:
-        if reference[0, 0] <= row["tokens"] <= reference[-1, 0] and row.get("train_bits_per_byte"):
-            nats = row["loss"] / row["train_bits_per_byte"]  # per token and bit per byte
-            low, median, high = interpolate_tokens(reference, row["tokens"])
-            band.append((row["tokens"] / 1e6, nats * low, nats * median, nats * high))
-    if band:
-        tokens, low_loss, median_loss, high_loss = zip(*band, strict=True)
-        axes.fill_between(tokens, low_loss, high_loss, color="C7", alpha=0.25, label="90 % of reference runs", zorder=0)
-        axes.plot(tokens, median_loss, color="C7", linewidth=0.8, zorder=0)
+    """Draw the band of the reference runs in nats per token, by the run's mean ratio of them to bits per byte."""
+    rows = list(filter(is_measured, train))
+    tokens, low, median, high = reference.T
+    nats = sum(row["loss"] for row in rows) / max(sum(row["train_bits_per_byte"] for row in rows), 1e-9)
+    axes.fill_between(tokens / 1e6, nats * low, nats * high, alpha=0.25, color="C7", label="90 % of reference runs")
+    axes.plot(tokens / 1e6, nats * median, color="C7", linewidth=0.8)

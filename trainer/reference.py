@@ -11,7 +11,7 @@ Read next: metrics.py (prints the statements), curves.py (draws the band), ../be
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -60,12 +60,24 @@ def interpolate_tokens(curve: Curve, tokens: float) -> tuple[float, float, float
     return low, median, high
 
 
-def training_points(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[float, float]]:
-    """Yield (tokens, bits per byte) of the training rows of a log. Skips values that are missing or not finite."""
-    for row in rows:
-        tokens, value = row.get("tokens"), row.get("train_bits_per_byte")
-        if type(tokens) is int and type(value) is float and tokens > 0 and 0 < value < math.inf:
-            yield float(tokens), value
+def is_measured(row: dict[str, Any]) -> bool:
+    """Whether a row of a log has a valid training loss in bits per byte. Logs of earlier versions have none."""
+    tokens, value = row.get("tokens"), row.get("train_bits_per_byte")
+    return type(tokens) is int and type(value) is float and tokens > 0 and 0 < value < math.inf
+
+
+def training_points(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Yield (tokens, bits per byte) of the training rows of a log, the newest first.
+
+    A row has the mean of the steps since the row before, so its tokens are those in the middle of these steps.
+    """
+    newer = None
+    for row in filter(is_measured, reversed(rows)):
+        if newer:
+            yield (newer["tokens"] + row["tokens"]) / 2, newer["train_bits_per_byte"]
+        newer = row
+    if newer:
+        yield newer["tokens"] / 2, newer["train_bits_per_byte"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,8 @@ class Reference:
 
         It depends on the rows only, so a resumed run prints what an uninterrupted one prints.
         """
-        points = training_points(reversed(rows))
-        now, before = next(points, (0.0, 0.0))[0], next(points, (0.0, 0.0))[0]
+        seen = (row["tokens"] for row in filter(is_measured, reversed(rows)))
+        now, before = next(seen, 0), next(seen, 0)
         is_due = any(before < each <= now for each in self.milestones())
         if not is_due and not (is_last and self.curve is not None and self.first_tokens <= now <= self.curve[-1, 0]):
             return ""
@@ -100,11 +112,11 @@ class Reference:
             return self.reason
         tokens = min(now, float(self.curve[-1, 0]))
         start = max(tokens / 2, float(self.curve[0, 0]))
-        points = takewhile(lambda point: point[0] >= start, training_points(reversed(rows)))
-        recent = [(seen, value) for seen, value in points if seen <= tokens]
+        points = takewhile(lambda point: point[0] >= start, training_points(rows))
+        recent = [point for point in points if point[0] <= tokens]
         if not recent:
             return ""
-        ratio = math.exp(np.mean([math.log(value / interpolate_tokens(self.curve, seen)[1]) for seen, value in recent]))
+        ratio = math.exp(np.mean([math.log(value / interpolate_tokens(self.curve, at)[1]) for at, value in recent]))
         end = "" if now < self.curve[-1, 0] else "; the reference for this size ends here"
         return f"step {rows[-1]['step']}: {compare(ratio, interpolate_tokens(self.curve, tokens), tokens)}{end}"
 
