@@ -7,19 +7,19 @@
 A run is one of 1-pretrain.py with one thread. Its log is kept as rows of docs/reference_runs.csv; it is not run again.
 --fit writes trainer/reference_curves.csv and docs/reference_curves.png:
 
-    value of a run    ln of its bits per byte at a number of tokens, smoothed over the log rows from half to twice it
-    smallest size     median: mean m of the values of its runs; band: m +- 1.645 s, s their standard deviation
-    other sizes       m + the mean difference from the run of the smallest size with the same variation; the same s
+    ln(bits per byte) = level(size, tokens) + effect(variation) + residual        fitted by least squares
+    median = exp(level)        low, high = exp(level -+ 1.645 s)        s^2 = variance of the effects + of the residuals
 
 1.645 s leaves 5 % of a normal distribution on each side. The variations are chosen, not drawn: text (Chinese, English,
-both), learning rate and batch size by a factor of two, decay or none, seeds. With about ten runs s is known to within a
-third. Larger sizes have few runs: their band assumes that a variation changes them by the same factor.
+both), learning rate and batch size by a factor of two, decay or none, seeds. Most of them run at the smallest size; the
+model assumes that a variation has the same effect at other sizes and tokens. With ten runs s is known within a third.
 Read next: ../trainer/reference.py (the comparison).
 """
 
 import csv
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,21 +81,36 @@ class ReferenceRun:
         return [str(part).lower() for name, value in flags.items() for part in (f"--{name}", value)]
 
 
-SMALLEST = ReferenceRun("128x3", 200)
-VARIED = (
+SMALLEST = ReferenceRun("128x3", 120)
+RUNS = (  # the most informative ones first
     replace(SMALLEST, steps=300),
-    replace(SMALLEST, text="zh"),
+    replace(SMALLEST, steps=200, text="zh"),
     replace(SMALLEST, text="en"),
     replace(SMALLEST, learning_rate=0.5),
     replace(SMALLEST, learning_rate=2),
     replace(SMALLEST, decays=True, seed=1),
-    replace(SMALLEST, batch=0.5),
-    replace(SMALLEST, batch=2),
+    ReferenceRun("small", 50),
     replace(SMALLEST, text="zh", learning_rate=2, batch=0.5, seed=2),
     replace(SMALLEST, text="en", learning_rate=0.5, batch=2, seed=3),
+    ReferenceRun("demo", 100),
+    replace(SMALLEST, batch=0.5),
+    replace(SMALLEST, batch=2),
+    ReferenceRun("base", 50),
 )
-LARGER = (ReferenceRun("small", 100), ReferenceRun("demo", 150), ReferenceRun("base", 60))
-RUNS = (*VARIED[:6], *LARGER[:2], *VARIED[6:], LARGER[2])  # the most informative ones first
+
+
+class Band(NamedTuple):
+    """A row of trainer/reference_curves.csv: bits per byte of the runs of a size at a number of tokens."""
+
+    size: str
+    layer_matrices: int
+    tokens: int
+    low: float
+    median: float
+    high: float
+    runs: int
+
+
 Points = list[tuple[float, float]]  # (tokens, bits per byte)
 Curves = dict[tuple[str, str], Points]  # (size, variation) -> the log of the run
 
@@ -178,27 +194,30 @@ def smooth(points: Points, tokens: np.ndarray) -> np.ndarray:
     return found
 
 
-def fit_bands(curves: Curves) -> list[tuple[str, int, int, float, float, float, int]]:
-    """Return (size, layer_matrices, tokens, low, median, high, runs) by size and tokens. See the module docstring."""
-    smoothed = {key: smooth(points, GRID) for key, points in curves.items()}
-    smallest = {variation: values for (size, variation), values in smoothed.items() if size == SMALLEST.size}
+def fit_bands(curves: Curves) -> tuple[list[Band], float]:
+    """Return the rows of the bands by size and tokens, and s. See the module docstring."""
+    values = {key: smooth(points, GRID) for key, points in curves.items()}
+    seen = [(size, i, variation) for (size, variation), y in values.items() for i in np.flatnonzero(~np.isnan(y))]
+    levels = sorted({(list(SIZES).index(size), i) for size, i, _ in seen})
+    variations = sorted({variation for _, _, variation in seen})
+    matrix = np.zeros((len(seen) + 1, len(levels) + len(variations)))
+    matrix[-1, len(levels) :] = 1  # the effects have the mean 0
+    for row, (size, i, variation) in enumerate(seen):
+        matrix[row, levels.index((list(SIZES).index(size), i))] = 1
+        matrix[row, len(levels) + variations.index(variation)] = 1
+    target = np.array([*(values[size, variation][i] for size, i, variation in seen), 0.0])
+    found = np.linalg.lstsq(matrix, target)[0]
+    residuals = (target - matrix @ found)[:-1]
+    free = len(seen) - len(levels) - len(variations) + 1  # degrees of freedom of the residuals
+    spread = math.sqrt(np.var(found[len(levels) :], ddof=1) + (residuals**2).sum() / max(free, 1))
     rows = []
-    for size, fields in SIZES.items():
-        matrices = count_parameters(ModelConfig(**fields)).layer_matrices
-        for i, tokens in enumerate(GRID):
-            base = {key: values[i] for key, values in smallest.items() if not np.isnan(values[i])}
-            steps = [
-                values[i] - base[variation]
-                for (name, variation), values in smoothed.items()
-                if name == size and variation in base and not np.isnan(values[i])
-            ]
-            if len(base) < 3 or not steps:
-                continue
-            middle = np.mean([*base.values()]) + np.mean(steps)
-            spread = QUANTILE * np.std([*base.values()], ddof=1)
-            band = (round(float(np.exp(middle + sign * spread)), 4) for sign in (-1, 0, 1))
-            rows.append((size, matrices, round(tokens), *band, len(steps)))
-    return rows
+    for (place, i), level in zip(levels, found, strict=False):
+        size = list(SIZES)[place]
+        low, median, high = (round(math.exp(level + sign * QUANTILE * spread), 4) for sign in (-1, 0, 1))
+        matrices = count_parameters(ModelConfig(**SIZES[size])).layer_matrices
+        runs = sum(each[:2] == (size, i) for each in seen)
+        rows.append(Band(size, matrices, round(GRID[i]), low, median, high, runs))
+    return rows, spread
 
 
 def draw(curves: Curves, path: Path) -> None:
@@ -227,10 +246,11 @@ def main() -> None:
     if not config.fit:
         return train_missing(config)
     curves = read_runs(Path(config.points))
-    names = ("size", "layer_matrices", "tokens", "low", "median", "high", "runs")
-    write_rows(REFERENCE_FILE, names, rows := fit_bands(curves))
-    print(*(f"{size}, {tokens / 1e6:.2f} M tokens: {low:.3f} {median:.3f} {high:.3f}, {runs} runs"
-            for size, _, tokens, low, median, high, runs in rows), sep="\n")  # fmt: skip
+    bands, spread = fit_bands(curves)
+    write_rows(REFERENCE_FILE, Band._fields, bands)
+    for band in bands:
+        print(f"{band.size}, {band.tokens / 1e6:.2f} M tokens: {band.low:.3f} {band.median:.3f} {band.high:.3f}")
+    print(f"s = {spread:.1%}")
     draw(curves, PICTURE)
 
 
