@@ -32,18 +32,24 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.harness import save_figure
-from benchmarks.size_sweep import fields_of
 from common.cli import Config, NameList, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import write_text
 from common.flag_types import path_string
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
-from trainer.reference import FIRST_TOKENS, REFERENCE_FILE, STEP_TOKENS, read_reference, training_points
+from trainer.reference import (
+    FIRST_TOKENS,
+    REFERENCE_FILE,
+    REFERENCE_STEP_TOKENS,
+    read_reference_curves,
+    training_points,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV, PICTURE = ROOT / "docs" / "reference_runs.csv", ROOT / "docs" / "reference_curves.png"
-SIZES = {"128x3": fields_of("128x3"), **{name: PRESETS[name] for name in ("demo", "small", "base")}}
+SMALLEST_SIZE = {"dim": 128, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 256, "tie_embeddings": False}
+SIZES = {"128x3": SMALLEST_SIZE, **{name: PRESETS[name] for name in ("demo", "small", "base")}}
 TEXTS = {"zh": "zh=1", "en": "en=1", "both": "zh=0.5,en=0.5"}
 LEARNING_RATE = 8e-3  # the default of 1-pretrain.py
 GRID = FIRST_TOKENS * 2.0 ** (np.arange(-1, 17) / 2)  # tokens at which the curves are computed
@@ -55,7 +61,7 @@ class ReferenceRun:
     """A run, and how it varies. learning_rate and batch: multiples of the default."""
 
     size: str
-    steps: int  # of STEP_TOKENS
+    steps: int  # of REFERENCE_STEP_TOKENS
     text: str = "both"
     learning_rate: float = 1.0
     batch: float = 1.0
@@ -73,7 +79,7 @@ class ReferenceRun:
         fields = SIZES[self.size]
         steps = round(self.steps / self.batch)
         flags = {
-            **fields, "batch_size": round(self.batch * STEP_TOKENS / ModelConfig(**fields).max_seq_len),
+            **fields, "batch_size": round(self.batch * REFERENCE_STEP_TOKENS / ModelConfig(**fields).max_seq_len),
             "max_steps": steps, "learning_rate": f"{self.learning_rate * LEARNING_RATE:g}",
             "min_lr_ratio": int(not self.decays), "mix": TEXTS[self.text], "seed": self.seed, "log_interval": 5,
             "eval_interval": steps, "save_interval": steps, "eval_tokens": 1, "compile": "off",
@@ -224,7 +230,7 @@ def draw(curves: Curves, path: Path) -> None:
     """Draw the runs of every size and their band, bits per byte against tokens."""
     from matplotlib.figure import Figure
 
-    bands = read_reference(REFERENCE_FILE)
+    bands = read_reference_curves(REFERENCE_FILE)
     figure = Figure(figsize=(4 * len(bands), 4))
     panels = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
     for axes, (size, fields) in zip(panels, SIZES.items(), strict=False):

@@ -28,11 +28,10 @@ from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, v
 from trainer.distributed import DistContext, MetricSums, PendingSums
 from trainer.engine import Engine
 from trainer.loss_guard import NonFiniteGuard
-from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
+from trainer.metrics import MetricRow, peak_memory_mb
 from trainer.optim import set_learning_rate
-from trainer.reference import reference_for
 from trainer.stage import Stage
-from trainer.startup import check_first_loss, log_startup, make_engine
+from trainer.startup import check_first_loss, log_startup, make_engine, open_logger
 from trainer.throughput import Throughput
 from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, load_train_state, micro_batch_size
@@ -126,22 +125,6 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     dist.print0(throughput.summary(peak_memory_mb(dist.device.type)))
     dist.print0(f"saved {path}{describe_stop(stop, state, total_steps, config.max_minutes)}")
     return path
-
-
-def open_logger(
-    config: TrainConfig, stage: Stage, total_steps: int, state: TrainState, dist: DistContext
-) -> MetricLogger:
-    """Open the log. A run from scratch on text is compared with reference runs."""
-    path = stage.checkpoint_path(config.out_dir).with_suffix(".jsonl")
-    reference, model_config = None, stage.model.config
-    if stage.name == "pretrain" and not stage.lineage:
-        steps, ratio = config.warmup
-        warmup, step_tokens = max(steps, ratio * total_steps), state.rows_per_step * model_config.max_seq_len
-        reference = reference_for(model_config, step_tokens, warmup)
-    logger = MetricLogger(path, stage.name, total_steps, state.step, dist.is_rank0, reference)
-    if config.use_wandb and dist.is_rank0:
-        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
-    return logger
 
 
 @dataclasses.dataclass

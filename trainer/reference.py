@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.parameters import count_parameters
 
 REFERENCE_FILE = Path(__file__).with_name("reference_curves.csv")
-STEP_TOKENS = 4096  # tokens per step of the reference runs
+REFERENCE_STEP_TOKENS = 4096  # tokens per step of the reference runs
 MAX_BATCH_RATIO = 2  # a run is compared if its tokens per step are within this factor of them
 FIRST_TOKENS = 100_000  # the first statement comes after these tokens
 WARMUP_MARGIN = 1.2  # and after this multiple of the warm-up
@@ -32,7 +32,7 @@ MAX_STATEMENTS = 6  # and one at the end of the run
 Curve = np.ndarray  # (points, 4): tokens, and bits per byte: low, median, high
 
 
-def read_reference(path: Path) -> dict[int, Curve]:
+def read_reference_curves(path: Path) -> dict[int, Curve]:
     """Return the curves by the number of parameters in layer matrices, both ascending."""
     points: dict[int, list[list[float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
@@ -136,13 +136,13 @@ def compare(ratio: float, bounds: tuple[float, float, float], tokens: float) -> 
 
 def reference_for(config: ModelConfig, step_tokens: int, warmup_steps: float, path: Path | None = None) -> Reference:
     """Return the reference of a run from scratch with these tokens per step."""
-    curves = read_reference(path or REFERENCE_FILE)
+    curves = read_reference_curves(path or REFERENCE_FILE)
     curve, reason = interpolate_sizes(curves, count_parameters(config).layer_matrices), ""
     if config.use_moe:
         reason = "its runs are of dense models"
     elif curve is None:
         reason = f"its runs have {min(curves) / 1e6:.1f} to {max(curves) / 1e6:.1f} M parameters in their layers"
-    elif not 1 / MAX_BATCH_RATIO <= step_tokens / STEP_TOKENS <= MAX_BATCH_RATIO:
-        reason = f"its runs have {STEP_TOKENS:,} tokens per step, this one {step_tokens:,}"
+    elif not 1 / MAX_BATCH_RATIO <= step_tokens / REFERENCE_STEP_TOKENS <= MAX_BATCH_RATIO:
+        reason = f"its runs have {REFERENCE_STEP_TOKENS:,} tokens per step, this one {step_tokens:,}"
     first = max(FIRST_TOKENS, WARMUP_MARGIN * warmup_steps * step_tokens)
     return Reference(None if reason else curve, f"no reference curve for this run: {reason}", first)

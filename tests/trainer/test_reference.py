@@ -18,7 +18,7 @@ from trainer.reference import (
     Reference,
     interpolate_sizes,
     interpolate_tokens,
-    read_reference,
+    read_reference_curves,
     reference_for,
 )
 
@@ -62,7 +62,7 @@ def test_an_interpolated_value_lies_between_its_neighbours(values, size, positio
 
 
 def test_the_shipped_curves_are_ordered_and_fall():
-    curves = read_reference(REFERENCE_FILE)
+    curves = read_reference_curves(REFERENCE_FILE)
     assert len(curves) >= 2
     for curve in curves.values():
         tokens, low, median, high = curve.T
@@ -159,7 +159,7 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path, capsys):
     """Run 40 steps of 128 tokens. Returns the folder and the printed statements."""
     shorter = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--batch_size", "4", "--max_steps", "40", "--warmup_iters", "4"]
     monkeypatch.setattr(reference, "FIRST_TOKENS", 600)
-    monkeypatch.setattr(reference, "STEP_TOKENS", 128)
+    monkeypatch.setattr(reference, "REFERENCE_STEP_TOKENS", 128)
 
     def run(*flags, out="out", data=pretrain_dir):
         where = ["--data_path", data, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / out]
