@@ -201,11 +201,13 @@ def smooth(points: Points, tokens: np.ndarray) -> np.ndarray:
 
 
 def fit_bands(curves: Curves) -> tuple[list[Band], float]:
-    """Return the rows of the bands by size and tokens, and s. See the module docstring."""
+    """Return the rows of the bands by size and tokens, and s (module docstring). Raises UserError for too few runs."""
     values = {key: smooth(points, GRID) for key, points in curves.items()}
     seen = [(size, i, variation) for (size, variation), y in values.items() for i in np.flatnonzero(~np.isnan(y))]
     levels = sorted({(list(SIZES).index(size), i) for size, i, _ in seen})
     variations = sorted({variation for _, _, variation in seen})
+    if len(variations) < 3:
+        raise UserError(f"{len(variations)} runs do not show how healthy runs vary: run more of them first")
     matrix = np.zeros((len(seen) + 1, len(levels) + len(variations)))
     matrix[-1, len(levels) :] = 1  # the effects have the mean 0
     for row, (size, i, variation) in enumerate(seen):

@@ -181,6 +181,9 @@ class TrainingSteps:
         progress = max(number / self.total_steps, self.timer.fraction)
         lr = set_learning_rate(config, self.engine.optimizers, number, progress)
         seed_dropout(config.seed, number, dist.rank)
+        if self.engine.stage.loss_unit == "token":
+            for batch in micro_batches:
+                batch["utf8_bytes"] = self.engine.stage.utf8_bytes(batch["labels"])
         self.timer.start_step()
         return LaunchedStep(lr, micro_batches, train_step(self.engine, micro_batches))
 
@@ -202,8 +205,8 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> PendingSums:
         loss, metrics = engine.forward_backward(to_device(batch, dist.device), loss_scale, is_last)
         sums.add(loss=loss, num_targets=batch["num_targets"], num_tokens=batch["num_tokens"])
         sums.add(num_positions=batch["labels"].numel(), **metrics)
-        if engine.stage.loss_unit == "token":
-            sums.add(utf8_bytes=engine.stage.utf8_bytes(batch["labels"]))
+        if "utf8_bytes" in batch:
+            sums.add(utf8_bytes=batch["utf8_bytes"])
     norm = engine.clip_gradient(engine.config.grad_clip) / dist.world_size  # equal on all of them
     sums.add(grad_norm=norm, stop_requests=bool(dist.stop_requested))
     total = sums.reduce()
