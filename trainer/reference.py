@@ -27,6 +27,7 @@ REFERENCE_STEP_TOKENS = 4096  # tokens per step of the reference runs
 MAX_BATCH_RATIO = 2  # a run is compared if its tokens per step are within this factor of them
 FIRST_TOKENS = 100_000  # the first statement comes after these tokens
 WARMUP_MARGIN = 1.2  # and after this multiple of the warm-up
+GUESSING_MARGIN = 0.5  # nats; a training loss above ln(vocabulary) - this is that of guessing
 MAX_STATEMENTS = 6  # and one at the end of the run
 
 Curve = np.ndarray  # (points, 4): tokens, and bits per byte: low, median, high
@@ -82,11 +83,15 @@ def training_points(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[float, flo
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of one run: its curve, or the reason why it has none. first_tokens: of the first statement."""
+    """The reference of one run: its curve, or the reason why it has none.
+
+    first_tokens: of the first statement. guessing: ln(vocabulary), the loss of uniform predictions.
+    """
 
     curve: Curve | None
     reason: str
     first_tokens: float
+    guessing: float = math.inf
 
     def milestones(self) -> list[float]:
         """Return the numbers of tokens at which the run is compared: spread evenly over their logarithm."""
@@ -108,6 +113,10 @@ class Reference:
         is_due = any(before < each <= now for each in self.milestones())
         if not is_due and not (is_last and self.curve is not None and self.first_tokens <= now <= self.curve[-1, 0]):
             return ""
+        step, loss = rows[-1]["step"], rows[-1]["loss"]
+        if loss > self.guessing - GUESSING_MARGIN:  # random tokens have few bits per byte if the tokens are long
+            guessing = f"the loss {loss:.2f} is about that of guessing, ln(vocabulary) = {self.guessing:.2f}"
+            return f"step {step}: {guessing}: look at the learning rate and the data"
         if self.curve is None:
             return self.reason
         tokens = min(now, float(self.curve[-1, 0]))
@@ -118,7 +127,7 @@ class Reference:
             return ""
         ratio = math.exp(np.mean([math.log(value / interpolate_tokens(self.curve, at)[1]) for at, value in recent]))
         end = "" if now < self.curve[-1, 0] else "; the reference for this size ends here"
-        return f"step {rows[-1]['step']}: {compare(ratio, interpolate_tokens(self.curve, tokens), tokens)}{end}"
+        return f"step {step}: {compare(ratio, interpolate_tokens(self.curve, tokens), tokens)}{end}"
 
 
 def compare(ratio: float, bounds: tuple[float, float, float], tokens: float) -> str:
@@ -145,4 +154,6 @@ def reference_for(config: ModelConfig, step_tokens: int, warmup_steps: float, pa
     elif not 1 / MAX_BATCH_RATIO <= step_tokens / REFERENCE_STEP_TOKENS <= MAX_BATCH_RATIO:
         reason = f"its runs have {REFERENCE_STEP_TOKENS:,} tokens per step, this one {step_tokens:,}"
     first = max(FIRST_TOKENS, WARMUP_MARGIN * warmup_steps * step_tokens)
-    return Reference(None if reason else curve, f"no reference curve for this run: {reason}", first)
+    return Reference(
+        None if reason else curve, f"no reference curve for this run: {reason}", first, math.log(config.vocab_size)
+    )
