@@ -101,6 +101,7 @@ RUNS = (  # the most informative ones first
     ReferenceRun("demo", 100),
     replace(SMALLEST, batch=0.5),
     replace(SMALLEST, batch=2),
+    replace(SMALLEST, steps=4952, decays=True),  # ran as --minutes 20, which took these flags
     ReferenceRun("base", 50),
 )
 
