@@ -42,14 +42,17 @@ from trainer.reference import (
     FIRST_TOKENS,
     REFERENCE_FILE,
     REFERENCE_STEP_TOKENS,
-    read_reference_curves,
     training_points,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV, PICTURE = ROOT / "docs" / "reference_runs.csv", ROOT / "docs" / "reference_curves.png"
-SMALLEST_SIZE = {"dim": 128, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 256, "tie_embeddings": False}
-SIZES = {"128x3": SMALLEST_SIZE, **{name: PRESETS[name] for name in ("demo", "small", "base")}}
+UNTIED = {"max_seq_len": 256, "tie_embeddings": False}  # as the sizes of --minutes
+SIZES = {
+    "128x3": {"dim": 128, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, **UNTIED},
+    "384x6": {"dim": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "qk_norm": True, **UNTIED},
+    **{name: PRESETS[name] for name in ("demo", "small", "base")},
+}
 TEXTS = {"zh": "zh=1", "en": "en=1", "both": "zh=0.5,en=0.5"}
 LEARNING_RATE = 8e-3  # the default of 1-pretrain.py
 GRID = FIRST_TOKENS * 2.0 ** (np.arange(-1, 17) / 2)  # tokens at which the curves are computed
@@ -96,9 +99,10 @@ RUNS = (  # the most informative ones first
     replace(SMALLEST, learning_rate=2),
     replace(SMALLEST, decays=True, seed=1),
     ReferenceRun("small", 50),
+    ReferenceRun("384x6", 60),
+    ReferenceRun("demo", 100),
     replace(SMALLEST, text="zh", learning_rate=2, batch=0.5, seed=2),
     replace(SMALLEST, text="en", learning_rate=0.5, batch=2, seed=3),
-    ReferenceRun("demo", 100),
     replace(SMALLEST, batch=0.5),
     replace(SMALLEST, batch=2),
     replace(SMALLEST, steps=4952, decays=True),  # ran as --minutes 20, which took these flags
@@ -110,7 +114,8 @@ class Band(NamedTuple):
     """A row of trainer/reference_curves.csv: bits per byte of the runs of a size at a number of tokens."""
 
     size: str
-    layer_matrices: int
+    tied: int  # whether the output layer is tied to the embeddings
+    layer_matrices: int  # their parameters
     tokens: int
     low: float
     median: float
@@ -223,30 +228,30 @@ def fit_bands(curves: Curves) -> tuple[list[Band], float]:
     for (place, i), level in zip(levels, found, strict=False):
         size = list(SIZES)[place]
         low, median, high = (round(math.exp(level + sign * QUANTILE * spread), 4) for sign in (-1, 0, 1))
-        matrices = count_parameters(ModelConfig(**SIZES[size])).layer_matrices
-        runs = sum(each[:2] == (size, i) for each in seen)
-        rows.append(Band(size, matrices, round(GRID[i]), low, median, high, runs))
+        config, runs = ModelConfig(**SIZES[size]), sum(each[:2] == (size, i) for each in seen)
+        matrices = count_parameters(config).layer_matrices
+        rows.append(Band(size, int(config.tie_embeddings), matrices, round(GRID[i]), low, median, high, runs))
     return rows, spread
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Curves, bands: Sequence[Band], path: Path) -> None:
     """Draw the runs of every size and their band, bits per byte against tokens."""
     from matplotlib.figure import Figure
 
-    bands = read_reference_curves(REFERENCE_FILE)
-    figure = Figure(figsize=(4 * len(bands), 4))
-    panels = figure.subplots(1, len(bands), sharey=True, squeeze=False)[0]
-    for axes, (size, fields) in zip(panels, SIZES.items(), strict=False):
-        tokens, low, median, high = bands[count_parameters(ModelConfig(**fields)).layer_matrices].T
-        axes.fill_between(tokens, low, high, color="C7", alpha=0.3)
-        axes.plot(tokens, median, "k--", linewidth=1)
+    sizes = list(dict.fromkeys(band.size for band in bands))
+    figure = Figure(figsize=(4 * len(sizes), 4))
+    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes, strict=True):
+        mine = [band for band in bands if band.size == size]
+        tokens = [band.tokens for band in mine]
+        axes.fill_between(tokens, [band.low for band in mine], [band.high for band in mine], color="C7", alpha=0.3)
+        axes.plot(tokens, [band.median for band in mine], "k--", linewidth=1)
         for (name, variation), points in curves.items():
             if name == size:
                 axes.plot(*np.array(points).T, linewidth=0.7, label=variation)
-        axes.set(title=size, xscale="log", xlabel="tokens trained", ylim=(2, 3.6))
+        axes.set(title=size, xscale="log", xlabel="tokens trained", ylim=(1.7, 3.6))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("bits per byte of the training text")
-    panels[0].legend(fontsize=5)
+        axes.legend(fontsize=5)
+        axes.set_ylabel("bits per byte of the training text" if size == sizes[0] else "")
     save_figure(figure, path)
 
 
@@ -260,7 +265,7 @@ def main() -> None:
     for band in bands:
         print(f"{band.size}, {band.tokens / 1e6:.2f} M tokens: {band.low:.3f} {band.median:.3f} {band.high:.3f}")
     print(f"s = {spread:.1%}")
-    draw(curves, PICTURE)
+    draw(curves, bands, PICTURE)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,17 @@ MAX_STATEMENTS = 6  # and one at the end of the run
 Curve = np.ndarray  # (points, 4): tokens, and bits per byte: low, median, high
 
 
-def read_reference_curves(path: Path) -> dict[int, Curve]:
-    """Return the curves by the number of parameters in layer matrices, both ascending."""
+def read_reference_curves(path: Path, tied: bool) -> dict[int, Curve]:
+    """Return the curves by the number of parameters in layer matrices, both ascending.
+
+    tied: of the models whose output layer is tied to the embeddings. Large ones learn more slowly at first.
+    """
     points: dict[int, list[list[float]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            values = [float(row[name]) for name in ("tokens", "low", "median", "high")]
-            points.setdefault(int(row["layer_matrices"]), []).append(values)
+            if row["tied"] == str(int(tied)):
+                values = [float(row[name]) for name in ("tokens", "low", "median", "high")]
+                points.setdefault(int(row["layer_matrices"]), []).append(values)
     return {size: np.array(sorted(points[size])) for size in sorted(points)}
 
 
@@ -145,12 +149,14 @@ def compare(ratio: float, bounds: tuple[float, float, float], tokens: float) -> 
 
 def reference_for(config: ModelConfig, step_tokens: int, warmup_steps: float, path: Path | None = None) -> Reference:
     """Return the reference of a run from scratch with these tokens per step."""
-    curves = read_reference_curves(path or REFERENCE_FILE)
+    curves = read_reference_curves(path or REFERENCE_FILE, config.tie_embeddings)
     curve, reason = interpolate_sizes(curves, count_parameters(config).layer_matrices), ""
     if config.use_moe:
         reason = "its runs are of dense models"
     elif curve is None:
-        reason = f"its runs have {min(curves) / 1e6:.1f} to {max(curves) / 1e6:.1f} M parameters in their layers"
+        tied = "tied" if config.tie_embeddings else "untied"
+        sizes = " to ".join(f"{each / 1e6:.1f}" for each in sorted({*list(curves)[:1], *list(curves)[-1:]}))
+        reason = f"its runs with {tied} embeddings have {sizes or 'no'} M parameters in their layers"
     elif not 1 / MAX_BATCH_RATIO <= step_tokens / REFERENCE_STEP_TOKENS <= MAX_BATCH_RATIO:
         reason = f"its runs have {REFERENCE_STEP_TOKENS:,} tokens per step, this one {step_tokens:,}"
     first = max(FIRST_TOKENS, WARMUP_MARGIN * warmup_steps * step_tokens)

@@ -63,9 +63,9 @@ def test_an_interpolated_value_lies_between_its_neighbours(values, size, positio
 
 
 def test_the_shipped_curves_are_ordered_and_fall():
-    curves = read_reference_curves(REFERENCE_FILE)
+    curves = [curve for tied in (False, True) for curve in read_reference_curves(REFERENCE_FILE, tied).values()]
     assert len(curves) >= 2
-    for curve in curves.values():
+    for curve in curves:
         tokens, low, median, high = curve.T
         assert np.all(np.diff(tokens) > 0) and np.all(low < median) and np.all(median < high)
         assert np.all(np.diff(median) < 0) and low.min() > 1 and high.max() < 4
@@ -73,13 +73,13 @@ def test_the_shipped_curves_are_ordered_and_fall():
 
 # ---- which runs have a reference -------------------------------------------------------------------------------------
 def test_runs_that_are_not_comparable_have_a_reason_instead_of_a_curve(tmp_path):
-    demo = ModelConfig(**PRESETS["demo"])
-    assert reference_for(demo, 4096, 20).curve is not None
+    small = ModelConfig(**PRESETS["small"])
+    assert reference_for(small, 4096, 20).curve is not None
     for config, step_tokens, reason in (
         (ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2), 4096, "M parameters in their layers"),
-        (demo, 524_288, "4,096 tokens per step, this one 524,288"),
-        (demo, 1024, "4,096 tokens per step, this one 1,024"),
-        (ModelConfig(**PRESETS["demo"], use_moe=True), 4096, "dense"),
+        (small, 524_288, "4,096 tokens per step, this one 524,288"),
+        (small, 1024, "4,096 tokens per step, this one 1,024"),
+        (ModelConfig(**PRESETS["small"], use_moe=True), 4096, "dense"),
     ):
         found = reference_for(config, step_tokens, 20)
         assert found.curve is None
@@ -195,10 +195,10 @@ def healthy(monkeypatch, pretrain, tmp_path):
     folder, texts = pretrain("--seed", "1", out="healthy")
     assert len(texts) == 1 and texts[0].startswith("no reference curve"), "the shipped one is of larger sizes"
     size = count_parameters(ModelConfig(272, 32, 2, 4, 2)).layer_matrices
-    lines = ["size,layer_matrices,tokens,low,median,high,runs"]
+    lines = ["size,tied,layer_matrices,tokens,low,median,high,runs"]
     for row in read_jsonl(folder / "pretrain_32.jsonl"):
         if value := row.get("train_bits_per_byte"):
-            lines.append(f"tiny,{size},{row['tokens']},{value * 0.85},{value},{value * 1.15},1")
+            lines.append(f"tiny,1,{size},{row['tokens']},{value * 0.85},{value},{value * 1.15},1")
     path = tmp_path / "reference_curves.csv"
     path.write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.setattr(reference, "REFERENCE_FILE", path)
