@@ -104,7 +104,7 @@ def test_finished_runs_are_not_run_again(monkeypatch, tmp_path):
 
 
 def test_an_unknown_size_is_an_error_of_one_line():
-    with one_line_error("--only huge: choose from 128x3, demo"):
+    with one_line_error("--only huge: choose from 128x3, 384x6"):
         ReferenceConfig(only=("huge",))
 
 
