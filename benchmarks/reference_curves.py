@@ -8,7 +8,8 @@ A run is one of 1-pretrain.py with one thread. Its log is kept as rows of docs/r
 --fit writes trainer/reference_curves.csv and docs/reference_curves.png:
 
     ln(bits per byte) = level(size, tokens) + effect(variation) + residual        fitted by least squares
-    median = exp(level)        low, high = exp(level -+ 1.645 s)        s^2 = variance of the effects + of the residuals
+    median = exp(level)        low, high = exp(level -+ 1.645 s sqrt(1 + 1/n))        n: runs with this size and tokens
+    s^2 = variance of the effects + variance of the residuals
 
 1.645 s leaves 5 % of a normal distribution on each side. The variations are chosen, not drawn: text (Chinese, English,
 both), learning rate and batch size by a factor of two, decay or none, seeds. Most of them run at the smallest size; the
@@ -195,13 +196,14 @@ def train_missing(config: ReferenceConfig) -> None:
 def smooth(points: Points, tokens: np.ndarray) -> np.ndarray:
     """Return ln of bits per byte at these numbers of tokens, NaN beyond the last row: (len(tokens),).
 
-    A line is fitted to the rows from half to twice the tokens; its weights fall linearly from there to 0.
+    A line is fitted to the rows from half to twice the tokens; their weights fall linearly to 0 at these limits. Up to
+    3 % beyond the last row, which is the middle of its steps.
     """
     x, y = np.log(np.array(points).T)
     found = np.full(len(tokens), np.nan)
     for i, at in enumerate(np.log(tokens)):
         weights = np.clip(1 - np.abs(x - at) / np.log(2), 0, None)
-        if at <= x[-1] + 1e-9 and (weights > 0).sum() >= 3:
+        if at <= x[-1] + 0.03 and (weights > 0).sum() >= 3:
             found[i] = np.polyval(np.polyfit(x - at, y, 1, w=np.sqrt(weights)), 0.0)
     return found
 
@@ -227,8 +229,9 @@ def fit_bands(curves: Curves) -> tuple[list[Band], float]:
     rows = []
     for (place, i), level in zip(levels, found, strict=False):
         size = list(SIZES)[place]
-        low, median, high = (round(math.exp(level + sign * QUANTILE * spread), 4) for sign in (-1, 0, 1))
         config, runs = ModelConfig(**SIZES[size]), sum(each[:2] == (size, i) for each in seen)
+        width = QUANTILE * spread * math.sqrt(1 + 1 / runs)
+        low, median, high = (round(math.exp(level + sign * width), 4) for sign in (-1, 0, 1))
         matrices = count_parameters(config).layer_matrices
         rows.append(Band(size, int(config.tie_embeddings), matrices, round(GRID[i]), low, median, high, runs))
     return rows, spread

@@ -53,8 +53,8 @@ def test_the_fit_recovers_levels_and_the_spread_of_the_variations():
     for band in bands:
         median = 3 * (band.tokens / 1e5) ** -0.2
         assert band.median == pytest.approx(median, abs=1e-4)
-        assert band.low == pytest.approx(median * math.exp(-1.645 * spread), abs=1e-4)
-        assert band.high == pytest.approx(median * math.exp(1.645 * spread), abs=1e-4)
+        assert band.low == pytest.approx(median * math.exp(-1.645 * spread * math.sqrt(1.25)), abs=1e-4)
+        assert band.high == pytest.approx(median * math.exp(1.645 * spread * math.sqrt(1.25)), abs=1e-4)
 
 
 def test_one_run_of_a_size_is_corrected_for_its_variation_and_a_longer_run_extends_the_curve():
