@@ -82,7 +82,7 @@ def open_logger(
     if stage.name == "pretrain" and not stage.lineage:
         steps, ratio = config.warmup
         warmup, step_tokens = max(steps, ratio * total_steps), state.rows_per_step * model_config.max_seq_len
-        reference = reference_for(model_config, step_tokens, warmup)
+        reference = reference_for(model_config, step_tokens, warmup, config.optimizer)
     logger = MetricLogger(path, stage.name, total_steps, state.step, dist.is_rank0, reference)
     if config.use_wandb and dist.is_rank0:
         logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))

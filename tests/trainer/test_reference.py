@@ -72,16 +72,17 @@ def test_the_shipped_curves_are_ordered_and_fall():
 
 
 # ---- which runs have a reference -------------------------------------------------------------------------------------
-def test_runs_that_are_not_comparable_have_a_reason_instead_of_a_curve(tmp_path):
+def test_runs_that_are_not_comparable_have_a_reason_instead_of_a_curve():
     small = ModelConfig(**PRESETS["small"])
-    assert reference_for(small, 4096, 20).curve is not None
-    for config, step_tokens, reason in (
-        (ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2), 4096, "M parameters in their layers"),
-        (small, 524_288, "4,096 tokens per step, this one 524,288"),
-        (small, 1024, "4,096 tokens per step, this one 1,024"),
-        (ModelConfig(**PRESETS["small"], use_moe=True), 4096, "dense"),
+    assert reference_for(small, 4096, 20, "muon").curve is not None
+    for config, step_tokens, optimizer, reason in (
+        (ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2), 4096, "muon", "M parameters in their layers"),
+        (small, 524_288, "muon", "4,096 tokens per step, this one 524,288"),
+        (small, 1024, "muon", "4,096 tokens per step, this one 1,024"),
+        (ModelConfig(**PRESETS["small"], use_moe=True), 4096, "muon", "dense"),
+        (small, 4096, "adamw", "Muon"),
     ):
-        found = reference_for(config, step_tokens, 0)
+        found = reference_for(config, step_tokens, 0, optimizer)
         assert found.curve is None
         rows = [{"step": i, "loss": 5.0, "tokens": 10_000 * i, "train_bits_per_byte": 2.0} for i in range(1, 40)]
         texts = statements(found, rows)
