@@ -27,17 +27,18 @@ from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
 from trainer.distributed import DistContext, MetricSums, PendingSums
 from trainer.engine import Engine
-from trainer.loss import IGNORE_INDEX
 from trainer.loss_guard import NonFiniteGuard
-from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
+from trainer.metrics import MetricRow, peak_memory_mb
 from trainer.optim import set_learning_rate
 from trainer.stage import Stage
-from trainer.startup import check_first_loss, log_startup, make_engine
+from trainer.startup import check_first_loss, log_startup, make_engine, open_logger
 from trainer.throughput import Throughput
 from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, load_train_state, micro_batch_size
 
-STEP_KEYS = ("loss", "num_targets", "num_tokens", "num_positions", "stop_requests", "grad_norm", "skipped")
+STEP_KEYS = (
+    "loss", "num_targets", "num_tokens", "num_positions", "utf8_bytes", "stop_requests", "grad_norm", "skipped"
+)  # fmt: skip
 
 
 class StopReason(Enum):
@@ -79,7 +80,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
         engine.load_optimizer(saved, state.scaler)
     elif not stage.lineage:
         check_first_loss(config, stage, sampler, engine)
-    logger = open_logger(config, stage, total_steps, state.step, dist)
+    logger = open_logger(config, stage, total_steps, state, dist)
     guard = NonFiniteGuard(config, stage, sampler, logger, dist)
     guard.start_from(state, is_resumed=saved is not None)
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
@@ -124,14 +125,6 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     dist.print0(throughput.summary(peak_memory_mb(dist.device.type)))
     dist.print0(f"saved {path}{describe_stop(stop, state, total_steps, config.max_minutes)}")
     return path
-
-
-def open_logger(config: TrainConfig, stage: Stage, total_steps: int, step: int, dist: DistContext) -> MetricLogger:
-    path = stage.checkpoint_path(config.out_dir).with_suffix(".jsonl")
-    logger = MetricLogger(path, stage.name, total_steps, step, dist.is_rank0)
-    if config.use_wandb and dist.is_rank0:
-        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
-    return logger
 
 
 @dataclasses.dataclass
@@ -188,6 +181,9 @@ class TrainingSteps:
         progress = max(number / self.total_steps, self.timer.fraction)
         lr = set_learning_rate(config, self.engine.optimizers, number, progress)
         seed_dropout(config.seed, number, dist.rank)
+        if self.engine.stage.loss_unit == "token":
+            for batch in micro_batches:
+                batch["utf8_bytes"] = self.engine.stage.utf8_bytes(batch["labels"])
         self.timer.start_step()
         return LaunchedStep(lr, micro_batches, train_step(self.engine, micro_batches))
 
@@ -196,8 +192,9 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> PendingSums:
     """Make one optimizer step over this process's micro-batches. Returns sums over all processes.
 
     Names: loss (sum), num_targets (trained tokens or pairs), num_tokens (tokens that are not padding), num_positions
-    (all), stop_requests (number of processes with a stop signal), grad_norm (before clipping), and the sums that
-    compute_loss returns. If loss or norm are not finite, the step is skipped. The host does not wait for the device.
+    (all), utf8_bytes (of trained tokens), stop_requests (number of processes with a stop signal), grad_norm (before
+    clipping), and the sums that compute_loss returns. If loss or norm are not finite, the step is skipped. The host
+    does not wait for the device.
     """
     dist, sums = engine.dist, MetricSums(engine.dist)
     num_targets = dist.all_reduce(sums.number(sum(batch["num_targets"] for batch in micro_batches)))
@@ -208,6 +205,8 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> PendingSums:
         loss, metrics = engine.forward_backward(to_device(batch, dist.device), loss_scale, is_last)
         sums.add(loss=loss, num_targets=batch["num_targets"], num_tokens=batch["num_tokens"])
         sums.add(num_positions=batch["labels"].numel(), **metrics)
+        if "utf8_bytes" in batch:
+            sums.add(utf8_bytes=batch["utf8_bytes"])
     norm = engine.clip_gradient(engine.config.grad_clip) / dist.world_size  # equal on all of them
     sums.add(grad_norm=norm, stop_requests=bool(dist.stop_requested))
     total = sums.reduce()
@@ -221,24 +220,26 @@ def validate(engine: Engine, state: TrainState, max_tokens: int) -> MetricRow:
     For token losses also bits_per_byte = loss sum / ln 2 / UTF-8 bytes of the trained tokens.
     """
     dist, stage = engine.dist, engine.stage
-    bytes_per_token = torch.from_numpy(stage.tokenizer.byte_lengths())
     row: MetricRow = {"step": state.step, f"{stage.loss_unit}s": state.tokens, "val_loss": {}}
     for split, data in stage.validation.items():
         sums = MetricSums(dist)
         with engine.eval_mode():
             for batch in validation_batches(data, engine.config.batch_size, dist.rank, dist.world_size, max_tokens):
                 loss, metrics = engine.evaluate(to_device(batch, dist.device))
-                targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
-                sums.add(loss=loss, num_targets=batch["num_targets"], utf8_bytes=bytes_per_token[targets].sum())
+                sums.add(loss=loss, num_targets=batch["num_targets"], utf8_bytes=stage.utf8_bytes(batch["labels"]))
                 sums.add(**metrics)
         total = sums.reduce().read()
         loss_sum, num_targets, utf8_bytes = (total.pop(name) for name in ("loss", "num_targets", "utf8_bytes"))
         row["val_loss"][split] = loss_sum / max(num_targets, 1)
         if stage.loss_unit == "token":
-            row.setdefault("bits_per_byte", {})[split] = loss_sum / math.log(2) / max(utf8_bytes, 1)
+            row.setdefault("bits_per_byte", {})[split] = to_bits_per_byte(loss_sum, utf8_bytes)
         for name, value in mean_metrics(total, num_targets).items():
             row.setdefault(f"val_{name}", {})[split] = value
     return row
+
+
+def to_bits_per_byte(nats: float, utf8_bytes: float) -> float:
+    return nats / math.log(2) / max(utf8_bytes, 1)
 
 
 def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
@@ -249,9 +250,11 @@ def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
 def step_metrics(engine: Engine, state: TrainState, sums: dict[str, float]) -> MetricRow:
     """Return the entries of a log row that come from the sums of a training step."""
     extras = {name: value for name, value in sums.items() if name not in STEP_KEYS}
+    nats = sums["loss"] - sums.get("aux_loss", 0.0)
     return {
         "step": state.step,
         "loss": state.loss,
+        **({"train_bits_per_byte": to_bits_per_byte(nats, sums["utf8_bytes"])} if "utf8_bytes" in sums else {}),
         **mean_metrics(extras, sums["num_targets"]),
         f"{engine.stage.loss_unit}s": state.tokens,
         "token_fraction": sums["num_tokens"] / max(sums["num_positions"], 1),

@@ -8,6 +8,7 @@ Read next: loop.py.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.errors import UserError
 from common.files import write_text
 from common.metric_keys import with_current_metric_keys
+from trainer.reference import Reference
 
 MetricRow = dict[str, Any]
 
@@ -48,12 +50,17 @@ def peak_memory_mb(device_type: str) -> float:
 class MetricLogger:
     """The log of one run: `log` for training steps, `log_validation` for validations, `close` draws the curves.
 
-    On a terminal it shows a progress bar; elsewhere it prints a line per logged step.
+    On a terminal it shows a progress bar; elsewhere it prints a line per logged step. With a `reference` it prints now
+    and then where the run lies among the reference runs.
     """
 
-    def __init__(self, path: Path, title: str, total_steps: int, last_step: int, is_rank0: bool) -> None:
-        self.path, self.title, self.is_rank0 = path, title, is_rank0
+    def __init__(
+        self, path: Path, title: str, total_steps: int, last_step: int, is_rank0: bool,
+        reference: Reference | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.title, self.is_rank0, self.reference = path, title, is_rank0, reference
         self.total_steps = total_steps
+        self.recent_bits: list[float] = []  # per byte, of the steps since the last logged row
         self.bar: Progress | None = None
         self.tracker: Callable[[MetricRow], None] | None = None
         if not is_rank0:
@@ -89,14 +96,25 @@ class MetricLogger:
                 print(text, flush=True)
 
     def log(self, row: MetricRow, is_due: bool) -> None:
-        """Show a training step in the progress bar. If it is due, log it to the file, to wandb and to the terminal."""
+        """Show a training step in the progress bar. If it is due, log it to the file, to wandb and to the terminal.
+
+        train_bits_per_byte of a logged row is the mean of the steps since the row before: single steps vary by 5 %.
+        """
         if self.is_rank0 and self.bar:
             self.bar.update(self.task, completed=row["step"], text=format_metrics(row))
-        if not self.is_rank0 or not is_due:
+        if not self.is_rank0:
             return
+        self.recent_bits.append(row.get("train_bits_per_byte", math.nan))
+        if not is_due:
+            return
+        if finite := [value for value in self.recent_bits if math.isfinite(value)]:
+            row = row | {"train_bits_per_byte": sum(finite) / len(finite)}
+        self.recent_bits.clear()
         self.write_row(row)
         if not self.bar:
             print(f"{self.title} {row['step']}/{self.total_steps} {format_metrics(row)}", flush=True)
+        if self.reference:
+            self.print(self.reference.statement(self.rows, is_last=row["step"] == self.total_steps))
 
     def log_validation(self, row: MetricRow) -> None:
         """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}; with pairs reward metrics instead."""
@@ -146,7 +164,8 @@ class MetricLogger:
         from trainer.curves import draw_curves  # matplotlib takes a second to import
 
         try:
-            draw_curves(self.rows, self.path.with_suffix(".png"), self.title)
+            curve = self.reference.curve if self.reference else None
+            draw_curves(self.rows, self.path.with_suffix(".png"), self.title, curve)
         except Exception as error:
             self.warn(f"cannot draw the curves ({error})")
 

@@ -5,14 +5,17 @@ Read next: loop.py (`train`), datasets.py (batches), loss.py.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.datasets import Batch, TokenDataset
+from trainer.loss import IGNORE_INDEX
 from trainer.metrics import MetricRow
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]  # sum of the losses of a batch, {name: sum to log}, all on the device
@@ -37,3 +40,11 @@ class Stage:
 
     def checkpoint_path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
+
+    @cached_property
+    def byte_lengths(self) -> Tensor:
+        return torch.from_numpy(self.tokenizer.byte_lengths())
+
+    def utf8_bytes(self, labels: Tensor) -> int:
+        """Return the number of UTF-8 bytes of the trained tokens. labels: of a batch, on the CPU."""
+        return int(self.byte_lengths[labels[labels != IGNORE_INDEX]].sum())

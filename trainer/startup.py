@@ -1,8 +1,9 @@
-"""Before the first step: the engine of --parallel, the printed size of the run, and a check of the first loss.
+"""Before the first step: the engine of --parallel, the log, the printed size of the run, a check of the first loss.
 
 Read next: loop.py.
 """
 
+import dataclasses
 import math
 
 from corpus.provenance import data_provenance, format_provenance
@@ -12,8 +13,11 @@ from trainer.datasets import to_device
 from trainer.distributed import DistContext
 from trainer.engine import DDPEngine, Engine, FSDPEngine
 from trainer.memory import training_memory
+from trainer.metrics import MetricLogger, open_wandb
+from trainer.reference import reference_for
 from trainer.sampler import BatchSampler
 from trainer.stage import Stage
+from trainer.train_state import TrainState
 
 FIRST_LOSS_TOLERANCE = 0.15  # nats; an untrained model's loss is ln(vocabulary) ± this
 
@@ -67,6 +71,22 @@ def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_
     dist.print0(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
     if sampler.summary():
         dist.print0(sampler.summary())
+
+
+def open_logger(
+    config: TrainConfig, stage: Stage, total_steps: int, state: TrainState, dist: DistContext
+) -> MetricLogger:
+    """Open the log. A run from scratch on text is compared with reference runs."""
+    path = stage.checkpoint_path(config.out_dir).with_suffix(".jsonl")
+    reference, model_config = None, stage.model.config
+    if stage.name == "pretrain" and not stage.lineage:
+        steps, ratio = config.warmup
+        warmup, step_tokens = max(steps, ratio * total_steps), state.rows_per_step * model_config.max_seq_len
+        reference = reference_for(model_config, step_tokens, warmup, config.optimizer)
+    logger = MetricLogger(path, stage.name, total_steps, state.step, dist.is_rank0, reference)
+    if config.use_wandb and dist.is_rank0:
+        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
+    return logger
 
 
 def check_first_loss(config: TrainConfig, stage: Stage, sampler: BatchSampler, engine: Engine) -> None:
