@@ -45,7 +45,7 @@ CSV, PICTURE = ROOT / "docs" / "size_sweep.csv", ROOT / "docs" / "size_sweep.png
 POINTS = {
     "128x3": (0.8, 2.5, 20.28),
     "192x3": (0.7, 1.8, 6),
-    "256x4": (0.5, 1.2, 4),
+    "256x4": (0.5, 1.2, 2.5),
     "320x6": (0.5, 1.2),
     "384x6": (0.4,),
     "512x8": (0.35,),
@@ -168,11 +168,11 @@ def run_missing(config: SweepConfig) -> None:
     wanted = [(name, point_steps(tokens)) for name in config.only or POINTS for tokens in POINTS[name]]
     wanted.sort(key=lambda run: run[1] * flops_per_token(size_config(run[0]), 0))
     for name, steps in wanted:
-        points = read_points(path)
-        if any((p.size, p.tokens, p.seed) == (name, steps * STEP_TOKENS, config.seed) for p in points):
+        done = ((point.size, point.tokens, point.seed) for point in read_points(path))
+        if (name, steps * STEP_TOKENS, config.seed) in done:
             continue
         point = run_point(config, name, steps)
-        write_points(path, [*points, point])
+        write_points(path, [*read_points(path), point])  # another process may have added some meanwhile
         print(f"{name}, {point.tokens / 1e6:.2f} M tokens: {point.bits_per_byte:.3f} bits per byte", flush=True)
 
 

@@ -26,15 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3388
+READING_PATH_LINES = 3415
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
-    "1-pretrain.py": Size(52, 8516, 82),
-    "2-eval.py": Size(73, 11086, 92),
-    "3-full_sft.py": Size(53, 8361, 78),
-    "4-lora_sft.py": Size(54, 8509, 78),
-    "5-dpo_train.py": Size(62, 9830, 95),
+    "1-pretrain.py": Size(53, 8751, 84),
+    "2-eval.py": Size(73, 11124, 93),
+    "3-full_sft.py": Size(54, 8594, 80),
+    "4-lora_sft.py": Size(55, 8742, 80),
+    "5-dpo_train.py": Size(63, 10076, 97),
 }
 
 # Public names that several files define, and why.
@@ -44,7 +44,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 18211, "applications": 14332}
+PART_LINES = {"core": 18486, "applications": 14338}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {
