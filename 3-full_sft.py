@@ -40,7 +40,7 @@ from trainer.stage import Stage
 class SFTConfig(TrainConfig):
     """Settings of lesson 3."""
 
-    learning_rates: ClassVar = {"muon": 2e-3, "adamw": 2e-4}
+    learning_rates: ClassVar = {"muon": 1e-3, "adamw": 2e-4}
     data_path: str = "dataset/sft"
     batch_size: int = 32
     epochs: float = 2

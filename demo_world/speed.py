@@ -19,7 +19,9 @@ from trainer.optim import make_optimizers
 
 REFERENCE_STEP = 0.333  # seconds of a step on the reference machine
 MEASURED_STEPS = 5
-MODEL = ModelConfig(vocab_size=5120, qk_norm=True, tie_embeddings=False, **PRESETS["demo"])  # as the recipe
+MODEL = ModelConfig(
+    vocab_size=5120, hidden_dim=384, qk_norm=True, tie_embeddings=False, **PRESETS["demo"]
+)  # as the recipe
 ROWS = 16
 
 

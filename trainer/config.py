@@ -5,7 +5,7 @@ A script subclasses TrainConfig: it sets other defaults and adds its own flags.
     @dataclass(frozen=True)
     class SFTConfig(TrainConfig):
         data_path: str = "dataset/sft"
-        learning_rates = {"muon": 2e-3, "adamw": 2e-4}
+        learning_rates = {"muon": 1e-3, "adamw": 2e-4}
 
     config = parse(SFTConfig, __doc__)
 

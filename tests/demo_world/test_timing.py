@@ -63,7 +63,8 @@ def test_the_slowdown_is_measured(monkeypatch):
 
 def test_the_slowdown_is_measured_on_the_model_of_the_recipe():
     recipe = (demo.PROJECT_FOLDER / "recipes" / "demo-pretrain.args").read_text(encoding="utf-8")
-    assert "--qk_norm\n--tie_embeddings false\n" in recipe and f"--batch_size {speed.ROWS}\n" in recipe
+    assert f"--hidden_dim {speed.MODEL.hidden_dim}\n--qk_norm\n--tie_embeddings false\n" in recipe
+    assert f"--batch_size {speed.ROWS}\n" in recipe
     assert f"--vocab_size {speed.MODEL.vocab_size}" == demo.FLAGS["tokenizer"]
 
 

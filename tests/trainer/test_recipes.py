@@ -38,8 +38,8 @@ SCRIPTS = {  # recipe -> its script and the settings that it changes
         "stage2_mix": MixSpec({"zh": 1.0}, False), "stage2_at": 0.746}),
     "xiangxin-20-per-param": ("1-pretrain.py", {"preset": "xiangxin-3b", "tokens_per_param": 20.0}),
     "demo-pretrain": ("1-pretrain.py", {"preset": "demo", "batch_size": 16,
-        "model": {"qk_norm": True, "tie_embeddings": False}}),
-    "demo-sft": ("3-full_sft.py", {"learning_rate": 1e-3}),
+        "model": {"hidden_dim": 384, "qk_norm": True, "tie_embeddings": False}}),
+    "demo-sft": ("3-full_sft.py", {"epochs": 1}),
     "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16}),
     "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "eval_interval": 15,
         "log_interval": 2}),
@@ -176,7 +176,7 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     run_scaling("0.5,1.0")
     assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns == first, "not trained again"
     assert "50 %: already trained" in capsys.readouterr().out
-    run_scaling("0.5", "--learning_rate", 1e-3)
+    run_scaling("0.5", "--learning_rate", 2e-3)
     assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns != first, "other settings: trained anew"
     train = data_scaling.train
 
