@@ -4,7 +4,9 @@
     python -m benchmarks.size_sweep --data dataset/pretrain --only 128x3,256x4      those of two sizes
     python -m benchmarks.size_sweep --fit                                           the law and the picture
 
-Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. A finished
+Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. It must be
+scored on as much held-out text as --minutes uses (the default of --eval_tokens): other text has another level. Rows with
+the flags `--minutes M` are such runs on two cores; what they read twice counts as new text in the fit. A finished
 point is a row of docs/size_sweep.csv, and is not run again. --fit writes trainer/scaling_law.json and
 docs/size_sweep.png. The law is fitted as in Hoffmann et al. 2022, arXiv:2203.15556, section 3.3: Huber loss of the
 logarithm of the bits per byte. For given exponents it is linear in E, A and B, so only the exponents are searched.
@@ -44,7 +46,7 @@ CSV, PICTURE = ROOT / "docs" / "size_sweep.csv", ROOT / "docs" / "size_sweep.png
 # Size -> millions of tokens of its runs.
 POINTS = {
     "128x3": (0.8, 2.5, 20.28),
-    "192x3": (0.7, 1.8, 6),
+    "192x3": (0.7, 1.8, 5),
     "256x4": (0.5, 1.2, 2.5),
     "320x6": (0.5, 1.2),
     "384x6": (0.4,),
@@ -141,7 +143,7 @@ def run_point(config: SweepConfig, name: str, steps: int) -> Point:
     size = size_config(name)
     flags = {
         **fields_of(name), "batch_size": STEP_TOKENS // size.max_seq_len, "max_steps": steps,
-        "mix": config.mix, "seed": config.seed, "eval_interval": steps, "save_interval": steps, "eval_tokens": 3000,
+        "mix": config.mix, "seed": config.seed, "eval_interval": steps, "save_interval": steps,
     }  # fmt: skip
     shown = " ".join(f"--{flag} {value}".lower() for flag, value in flags.items())
     with tempfile.TemporaryDirectory(prefix="size_sweep_") as out:
