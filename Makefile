@@ -1,4 +1,4 @@
-# make demo    all training stages on the built-in data, offline: seven minutes on two CPU cores
+# make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts

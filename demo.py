@@ -1,4 +1,4 @@
-"""Runs the whole pipeline in seven minutes: trains a small model from scratch that answers in Chinese and English.
+"""Runs the whole pipeline in six minutes: trains a small model from scratch that answers in Chinese and English.
 
     world      demo_world/generator.py  writes true texts, chats and held-out questions
     tokenizer  train_tokenizer.py       trains a tokenizer on the texts

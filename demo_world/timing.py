@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from demo_world.report import TRAINING
 
 REFERENCE_SECONDS = {
-    "world": 3.2, "tokenizer": 5.5, "pretrain_data": 1.5, "sft_data": 1.8, "identity_data": 0.8, "dpo_data": 0.8,
-    "pretrain": 209.2, "score_pretrain": 4.9, "full_sft": 92.1, "score_full_sft": 4.5, "identity_before": 3.4,
-    "lora_sft": 34.8, "identity_after": 3.2, "score_lora_sft": 4.7, "dpo": 22.2, "score_dpo": 4.4,
-    "exam": 0.4, "score_exam": 4.6,
+    "world": 3.4, "tokenizer": 5.6, "pretrain_data": 1.5, "sft_data": 1.9, "identity_data": 0.7, "dpo_data": 0.8,
+    "pretrain": 183.7, "score_pretrain": 4.2, "full_sft": 81.9, "score_full_sft": 2.9, "identity_before": 1.8,
+    "lora_sft": 28.0, "identity_after": 1.9, "score_lora_sft": 3.0, "dpo": 18.9, "score_dpo": 3.1,
+    "exam": 0.4, "score_exam": 3.2,
 }  # fmt: skip
 SLOW = 1.5  # a slowdown from which on the estimate says that the machine is slow
 
