@@ -80,7 +80,7 @@ def test_a_byte_that_is_not_utf8_is_named(tmp_path):
         ("phrases", "[names]", "[nmaes]", "unknown section [nmaes]"),
         ("phrases", "One more thing: {t}", "One more thing: {q}", "wrong slot or brace"),
         ("small_talk", "answer: Goodbye!", "answers: Goodbye!", "'answers' is not a label"),
-        ("identity", "keys: Marlow", "# keys: Marlow", "has no line 'keys: ...'"),
+        ("identity", "keys: Venus", "# keys: Venus", "has no line 'keys: ...'"),
     ],
 )
 def test_a_malformed_line_of_sentences_is_named(tmp_path, file, old, new, words):

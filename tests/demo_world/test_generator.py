@@ -21,8 +21,8 @@ from tests.helpers import ROOT
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
     "chats.jsonl": "00fa920618020946fceda6cabf5eef4690179ca9307cdd6c1b680883ef06ef51",
-    "identity.jsonl": "303b413673420734510d843b85ae3bad9c680d2b80e59a387c66bf15b9a791c7",
-    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "identity.jsonl": "1a26ca2afd39fb93958697107ed74b252cea05da525a07c61a935f877d0b9793",
+    "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
     "pretrain.jsonl": "3de91669282673a85db3063249722f5f43dff4eceb1cb3b71380b8154e6183cc",
     "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
@@ -31,8 +31,8 @@ GOLDEN = {
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
     "chats.jsonl": "864171cb305bee65fc39d23c10dc9b0ee38dbf96d78a7ef8e17b553b3fdf1c4a",
-    "identity.jsonl": "04fc42ddfbf0acbad0bd2f924dccd15d43b5268edca68c6398711ef2c2d58c3f",
-    "identity_questions.jsonl": "0879de100442a32053b15580bf1fe7bfd32c37195c3534748e834218d668f3ed",
+    "identity.jsonl": "e9c3687912caad158b732601fe16ca284bf24c134195e75a4fc88d3e0502ee24",
+    "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
     "pretrain.jsonl": "0cad4e351cdc3cd1eb86d00d2f5f5d9d882c5224c1f5722259b63d6b6dd8e67f",
     "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
