@@ -5,8 +5,8 @@
     python -m benchmarks.size_sweep --fit                                           the law and the picture
 
 Every point is a run of 1-pretrain.py with its default flags, one thread, at the batch that --minutes takes. It must be
-scored on as much held-out text as --minutes uses (the default of --eval_tokens): other text has another level. Rows with
-the flags `--minutes M` are such runs on two cores; what they read twice counts as new text in the fit. A finished
+scored on as much held-out text as --minutes uses (the default of --eval_tokens): other text has another level. Rows
+with the flags `--minutes M` are such runs on two cores; what they read twice counts as new text in the fit. A finished
 point is a row of docs/size_sweep.csv, and is not run again. --fit writes trainer/scaling_law.json and
 docs/size_sweep.png. The law is fitted as in Hoffmann et al. 2022, arXiv:2203.15556, section 3.3: Huber loss of the
 logarithm of the bits per byte. For given exponents it is linear in E, A and B, so only the exponents are searched.
