@@ -51,8 +51,8 @@ FLAGS = {
 }
 FAST_MINUTES = {"pretrain": 1.5, "full_sft": 0.5, "lora_sft": 0.25, "dpo": 0.25}
 # Threads of GNU OpenMP then wait actively for microseconds instead of milliseconds: beside other work trainings are two
-# to three times as fast, on quiet cores as fast as before (LOG.md).
-TRAINING_ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
+# to three times as fast, on quiet cores as fast as before (LOG.md). A variable that the user has set is kept.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -164,7 +164,7 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
             print(f"{title}: already complete", flush=True)
             continue
         print(title + (f" ({minutes_text(estimate.seconds_left())} to go)" if estimate else ""), flush=True)
-        seconds = run_command(step.command, TRAINING_ENVIRONMENT if step.name in TRAINING else {})
+        seconds = run_command(step.command)
         if estimate:
             estimate.finish(step.name, seconds)
         record[step.name] = {"command": with_recipe(step.command), "seconds": round(seconds, 1)}
@@ -176,7 +176,7 @@ def measure_slowdown() -> float:
     """Return what demo_world/speed.py measures, in a process of its own: this one need not import torch."""
     command = [sys.executable, "-m", "demo_world.speed"]
     done = subprocess.run(  # nosec B603
-        command, cwd=PROJECT_FOLDER, env=TRAINING_ENVIRONMENT | dict(os.environ), stdout=subprocess.PIPE, text=True
+        command, cwd=PROJECT_FOLDER, env=ENVIRONMENT | dict(os.environ), stdout=subprocess.PIPE, text=True
     )
     if done.returncode:  # it has printed the reason
         sys.exit(done.returncode)
@@ -193,14 +193,11 @@ def read_step_record(path: Path) -> dict[str, Any]:
     return {name: e for name, e in entries if isinstance(e, dict) and type(e.get("seconds")) in (int, float)}
 
 
-def run_command(command: list[str], environment: dict[str, str]) -> float:
-    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails.
-
-    environment: variables that are set unless the user has set them.
-    """
+def run_command(command: list[str]) -> float:
+    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails."""
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     started, interrupted = time.perf_counter(), None
-    variables = environment | dict(os.environ)
+    variables = ENVIRONMENT | dict(os.environ)
     child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER, env=variables)  # our scripts  # nosec B603
     while True:
         try:
