@@ -36,8 +36,9 @@ def time_steps(spec: TrainSpec, config, compute_loss, dist: DistContext) -> None
     model.activation_checkpointing = config.checkpoint_activations
     parameters, _ = model.count_parameters()
     data = PackedDataset(config.data_path, "train", spec.seq_len)
-    tokenizer = cast("ChatTokenizer", None)  # only validation reads it
+    tokenizer = cast("ChatTokenizer", None)  # only validation and the count of bytes read it
     stage = Stage("pretrain", model, tokenizer, compute_loss, data)
+    stage.byte_lengths = torch.ones(model.config.vocab_size, dtype=torch.long)
     batches = MicroBatches(
         data, data.batch_sampler(spec.batch_size, config.seed), config.batch_size, dist.rank, dist.world_size
     )

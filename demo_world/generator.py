@@ -31,7 +31,7 @@ from typing import Any
 from common.cli import Config, flag, parse
 from common.errors import fail_in_one_line
 from common.files import write_text
-from common.flag_types import path_string, positive_int, seed
+from common.flag_types import int_between, path_string, positive_int, seed
 from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
@@ -48,8 +48,8 @@ class WorldConfig(Config):
 
     out_dir: str = flag("out/demo/world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
-    statement_rounds: int = flag(60, "statements per fact", type=positive_int)
-    chat_rounds: int = flag(8, "training questions per asked fact and direction", type=positive_int)
+    statement_rounds: int = flag(60, "statements per fact", type=int_between(1, 500))
+    chat_rounds: int = flag(8, "training questions per asked fact and direction", type=int_between(1, 500))
     questions: int = flag(300, "held-out questions per language", type=positive_int)
 
 

@@ -133,6 +133,7 @@ READ_ONLY = {
     "web_demo.py",
     "benchmarks.loaders",
     "benchmarks.size_sweep",
+    "benchmarks.reference_curves",
     "demo_world.speed",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
