@@ -48,9 +48,9 @@ POINTS = {
     "128x3": (0.8, 2.5, 20.28),
     "192x3": (0.7, 1.8, 5),
     "256x4": (0.5, 1.2, 2.5),
-    "320x6": (0.5, 1.2),
-    "384x6": (0.4,),
-    "512x8": (0.35,),
+    "320x6": (0.2, 0.5, 1.2),
+    "384x6": (0.2, 0.4),
+    "512x8": (0.16, 0.35),
 }
 TEXT = "half Chinese, half English"  # of --mix, and of the mean of zh and en
 HUBER_DELTA = 1e-3  # as in the paper, of the logarithm of the loss
