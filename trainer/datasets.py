@@ -273,18 +273,17 @@ def prefetch_batches(
 def validation_batches(
     data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """Yield this process's validation batches; those of all processes hold about `max_tokens` tokens. Rows are fixed.
+    """Yield this process's validation batches; those of all processes hold about `max_tokens` tokens.
 
-    All processes get the same number of batches, because sharded weights are gathered by collectives. The last batch of
-    a process may have no trained tokens.
+    The rows are a fixed random sample of the split: its first rows may all belong to one document. A larger
+    `max_tokens` adds rows to the sample. All processes get the same number of batches, because sharded weights are
+    gathered by collectives. The last batch of a process may have no trained tokens.
     """
-    lengths, num_tokens, num_batches = data.lengths(), 0, 0
-    order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
+    order, num_tokens, num_batches = np.random.default_rng(0).permutation(len(data)), 0, 0
     for start in range(0, len(data), batch_size):
         if num_tokens >= max_tokens:
             break
-        positions = np.arange(start, min(start + batch_size, len(data)))
-        batch = data.batch(positions if order is None else order[positions])
+        batch = data.batch(order[start : start + batch_size])
         num_tokens += batch["input_ids"].numel()
         if num_batches % world_size == rank:
             yield batch

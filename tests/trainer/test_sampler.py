@@ -95,3 +95,13 @@ def test_validation_rows_are_split_between_processes():
     together = sorted(row for share in shares for row in share)
     assert together == sorted(trained_rows(validation_batches(data, 4, 0, 1, max_tokens=30)))
     assert len(set(together)) == len(together)
+
+
+def test_validation_rows_are_a_fixed_sample_of_the_whole_split():
+    """The first rows of packed text may all belong to one document; few tokens sample the split as many do."""
+    data = RowIdDataset(4000)
+    few = trained_rows(validation_batches(data, 4, 0, 1, max_tokens=200))
+    many = trained_rows(validation_batches(data, 4, 0, 1, max_tokens=1000))
+    assert few == many[:200]
+    assert max(np.diff(np.sort(few))) < 200, "no part of the split is left out"
+    assert abs(np.mean(few) / 2000 - 1) < 0.1
