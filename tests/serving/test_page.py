@@ -162,9 +162,9 @@ def test_an_example_prompt_is_asked_with_one_click(open_page, out):
 def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen, real = open_page("--out_dir", out), [], Conversation.start_turn
 
-    def spy(conversation, question, page_models, settings, system="", attempt=0):
+    def spy(conversation, question, page_models, settings, system="", attempt=0, options=None):
         seen.append((settings, system))
-        return real(conversation, question, page_models, settings, system, attempt)
+        return real(conversation, question, page_models, settings, system, attempt, options)
 
     monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
@@ -183,7 +183,11 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
 def test_beam_search_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen = open_page("--out_dir", out), []
     real = Conversation.start_turn
-    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    monkeypatch.setattr(
+        Conversation,
+        "start_turn",
+        lambda *arguments, **options: (seen.append(arguments[3]), real(*arguments, **options))[1],
+    )
     page.slider(key="num_beams").set_value(4)
     page.slider(key="no_repeat_ngram_size").set_value(5)
     assert shown_texts(ask_question(page.run(), "x")) == ["x", "鸟叫!"]
@@ -198,7 +202,11 @@ def test_a_chat_format_brings_its_sampling_preset(open_page, tokenizer, tmp_path
     save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer.with_chat_format("belle"), ["hi"], trigger=":")
     page, seen = open_page("--out_dir", tmp_path, lang=lang), []
     real = Conversation.start_turn
-    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    monkeypatch.setattr(
+        Conversation,
+        "start_turn",
+        lambda *arguments, **options: (seen.append(arguments[3]), real(*arguments, **options))[1],
+    )
     toggle = page.toggle(key="preset_belle")
     assert toggle.value and "belle" in toggle.label and "1.2" in toggle.help
     ask_question(page, "x")
