@@ -35,8 +35,9 @@ def print_stats(stats: DataStats) -> None:
 
 
 def _print_languages(stats: DataStats) -> None:
-    headers = ("", "documents", "characters", "tokens", "fraction of tokens", "characters / token")
-    headers = headers if stats.tokens else headers[:3]  # prompts have no tokens
+    headers = ["", "documents", "characters", "tokens", "fraction of tokens", "characters / token"]
+    if not stats.tokens:  # prompts have none
+        headers = headers[:3]
     rows = []
     for language, counts in sorted(stats.languages.items(), reverse=True):
         cells = [f"{counts[name]:,}" for name in headers[1:4]]
