@@ -3,7 +3,7 @@
     python data_process.py pretrain FILES…     text  -> dataset/pretrain/  token shards, split by content hash
     python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
     python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, for chosen and rejected answers
-    python data_process.py rl FILES…           chats -> dataset/rl/        prompts with references, for training with rewards
+    python data_process.py rl FILES…           chats -> dataset/rl/        prompts with references, without tokens
     python data_process.py sft FILES… --check  prints statistics and samples (trained tokens marked), writes nothing
     python data_process.py sft FILES… --scorer out/pretrain_512.pth --keep_entropy 10%,90%
                                                keeps the chats between two percentiles of the model's cross-entropy

@@ -77,7 +77,7 @@ def _value(reward: WeightedReward, row: PromptRow, answer: str) -> float:
     try:
         value = float(reward.function(row, answer))
         problem = "" if math.isfinite(value) else f"is {value}"
-    except Exception as error:  # code of the user: training goes on without this answer
+    except Exception as error:  # code of the user: training continues without this answer
         value, problem = 0.0, f"raised {type(error).__name__}: {error}"
     if not problem:
         return value
