@@ -82,18 +82,22 @@ def chinese_number(text: str) -> Decimal | None:
         return sign * Decimal("".join(str(_CHINESE_DIGITS[character]) for character in text))
     if len(text) > MAX_CHINESE_NUMERALS:
         return None
-    total, section, digit = 0, 0, -1  # below the last 万 or 亿: `section`, and a digit that no unit follows yet
+    total, section, unit = 0, 0, 10**4  # after the last 万 or 亿: `section`, and its last unit
+    digit = -1  # that no unit follows yet
     for character in text:
         if character in _CHINESE_DIGITS:
             if digit > 0:
                 return None
             digit = _CHINESE_DIGITS[character]
         elif character in _CHINESE_UNITS:
-            section += _CHINESE_UNITS[character] * (digit if digit > 0 else 1)
+            if _CHINESE_UNITS[character] >= unit:
+                return None
+            unit = _CHINESE_UNITS[character]
+            section += unit * (digit if digit > 0 else 1)
             digit = -1
         else:
             total = (total + section + max(digit, 0)) * _CHINESE_POWERS[character]
-            section, digit = 0, -1
+            section, unit, digit = 0, 10**4, -1
     return Decimal(sign * (total + section + max(digit, 0)))
 
 
