@@ -54,6 +54,7 @@ def call(name, **arguments):
         ("The capital of France is Paris.", "Paris"), ("paris", "Paris"), ("法国的首都是巴黎。", "巴黎"),
         ("“巴黎”", "巴黎"), ("It is New  York!", "New York"), ("\\boxed{\\frac{3}{4}}", "\\boxed{\\frac{3}{4}}"),
         ("x = 3/4", "3/4"), ("C++", "C++"),
+        ("42", "It is 42."), ("It is 42", "40+2=42。"), ("一共42个。", "等于42"), ("at 3:30", "3:30"), ("an A4", "A4"),
     ],
 )  # fmt: skip
 def test_agreeing_answers(answer, reference):
@@ -69,6 +70,7 @@ def test_agreeing_answers(answer, reference):
         ("Paris is large", "Paris"), ("Comparis", "Paris"), ("北京", "巴黎"), ("", "巴黎"), ("3.4", "3/4"),
         ("x-1", "x+1"),
         ("anything", ""), ("", ""), ("anything", "#### "), ("C", "C++"),
+        ("30", "3:30"), ("4", "A4"), ("7/4", "3/4"), ("42", "42 apples"), ("It is 43", "It is 42"),
     ],
 )  # fmt: skip
 def test_other_answers(answer, reference):
