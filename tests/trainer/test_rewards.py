@@ -3,6 +3,7 @@ names its row."""
 
 import json
 import math
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -189,7 +190,7 @@ def test_a_wrong_schema_is_refused_and_downloads_nothing(tmp_path, monkeypatch):
 
 
 def test_without_jsonschema_the_error_names_pip(schema, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jsonschema", None)
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
     with one_line_error("needs jsonschema: pip install jsonschema"):
         load_rewards(f"format={schema}")
 
@@ -252,8 +253,10 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("import no_such_package\n")
     (tmp_path / "odd_rewards.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    path = list(sys.path)
+    yield tmp_path
+    assert sys.path == path, "the current folder is searched for this import only"
+    sys.modules.pop("my_rewards", None)
 
 
 def test_a_function_of_the_current_folder_is_a_reward(module):
@@ -263,7 +266,8 @@ def test_a_function_of_the_current_folder_is_a_reward(module):
 
 def test_a_function_gets_the_prompt_the_answer_and_the_reference(module):
     seen = []
-    __import__("my_rewards").seen = lambda *texts: seen.append(texts) or True
+    load_rewards("my_rewards:words")
+    sys.modules["my_rewards"].seen = lambda *texts: seen.append(texts) or True
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     assert score(load_rewards("my_rewards:seen"), PromptRow(messages, "42"), "<think>\n").total == 1
     assert seen == [("Be brief.\nHow much is 40+2?", "<think>\n", "42")]
