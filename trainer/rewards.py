@@ -5,7 +5,7 @@
     --reward exact                                       1 if the answer agrees with the reference, else 0
     --reward exact,format:0.2,length=200:0.1             a weighted sum; a weight follows the last colon (default: 1)
     --reward format=schema.json                          1 if the answer is JSON that fits the JSON schema
-    --reward exact,my_module:my_function:0.5             a function of my_module.py in the current folder
+    --reward exact,my_module:my_function:0.5             a function of a module in the current folder
 
     built in                                             (a thought is not part of the answer)
     exact      its last number, option letter or words are the reference: reward_text.py
