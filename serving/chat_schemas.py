@@ -166,7 +166,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[FunctionTool]:
-        """The tools that the model is told of: none with tool_choice "none"."""
+        """The tools in the prompt: none with tool_choice "none"."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property

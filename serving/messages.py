@@ -8,7 +8,6 @@ Every call must have one result, in a message of role tool directly after the as
 """
 
 import json
-from typing import Any
 
 from model.chat_template import Message
 from serving.chat_schemas import ChatMessage, ChatRequest, NamedToolChoice
@@ -35,7 +34,7 @@ def message_size(message: Message, with_thought: bool) -> int:
 
 
 def rendered_messages(body: ChatRequest) -> list[Message]:
-    """The messages of a request as model/chat_template.py takes them. Raises ApiError 400 for results without a call."""
+    """The messages of a request in the form that is rendered. Raises ApiError 400 for results without their calls."""
     check_tool_choice(body)
     ordered = results_in_order(body.messages)
     roles = ["system" if message.role == "developer" else message.role for message in ordered]
@@ -82,32 +81,30 @@ def check_tool_choice(body: ChatRequest) -> None:
 def results_in_order(messages: list[ChatMessage]) -> list[ChatMessage]:
     """The messages, with consecutive results in the order of the calls that they answer.
 
-    Raises ApiError 400 for a result that answers no call of the message before, and for a call without a result. The
-    calls of the last message need none.
+    Raises ApiError 400 for a result that answers no call of the message before, and for a call without a result.
     """
-    ordered: list[ChatMessage] = []
-    waiting: dict[str, int] = {}  # the id of an unanswered call -> index of its result in `ordered`
-    results: dict[int, ChatMessage] = {}
+    results: dict[int, ChatMessage] = {}  # by the index at which they are returned
+    waiting: dict[str, int] = {}  # the same index, by the id of a call without a result
     for i, message in enumerate(messages):
         if message.role == "tool":
             if message.tool_call_id not in waiting:
                 raise _wrong_result(i, message.tool_call_id, list(waiting))
             results[waiting.pop(message.tool_call_id)] = message
-            ordered.append(message)
             continue
         if waiting:
-            missing = f"the call {_quoted(next(iter(waiting)))} has no result: send a message of role tool with its id"
-            raise ApiError(400, f"messages.{i}: {missing}", f"messages.{i}")
-        ordered.append(message)
+            raise _missing_result(i, next(iter(waiting)))
         calls = message.tool_calls or [] if message.role == "assistant" else []
-        waiting = {call.id: len(ordered) + k for k, call in enumerate(calls)}
+        waiting = {call.id: index for index, call in enumerate(calls, i + 1)}
         if len(waiting) < len(calls):
             raise ApiError(400, f"messages.{i}.tool_calls: two calls have the same id", f"messages.{i}.tool_calls")
-    if waiting and messages[-1].role == "tool":
-        raise ApiError(400, f"messages: the call {_quoted(next(iter(waiting)))} has no result", "messages")
-    for i, result in results.items():
-        ordered[i] = result
-    return ordered
+    if waiting:
+        raise _missing_result(len(messages), next(iter(waiting)))
+    return [results.get(i, message) for i, message in enumerate(messages)]
+
+
+def _missing_result(index: int, call: str) -> ApiError:
+    where, advice = f"messages.{index}", "a message of role tool with this tool_call_id must follow it"
+    return ApiError(400, f"{where}: the call {_quoted(call)} has no result: {advice}", where)
 
 
 def _wrong_result(index: int, given: str | None, waiting: list[str]) -> ApiError:
@@ -119,5 +116,5 @@ def _wrong_result(index: int, given: str | None, waiting: list[str]) -> ApiError
     return ApiError(400, f"{where}: {problem}; {expected}", where)
 
 
-def _quoted(name: Any) -> str:
+def _quoted(name: str) -> str:
     return repr(name[:80])

@@ -131,9 +131,7 @@ class ResponseBuilder:
 class ChatResponse(ResponseBuilder):
     id_prefix, chunk_type, response_type = "chatcmpl", "chat.completion.chunk", schemas.ChatCompletion
 
-    def __init__(
-        self, served: ServedModel, headers: dict[str, str], body: ChatRequest, work: list[Request]
-    ) -> None:
+    def __init__(self, served: ServedModel, headers: dict[str, str], body: ChatRequest, work: list[Request]) -> None:
         super().__init__(served, headers, body, work)
         self.readers = {request.index: DeltaReader(body) for request in work} if body.has_parts else {}
 
@@ -144,7 +142,7 @@ class ChatResponse(ResponseBuilder):
         return [{"content": text}] if text else []
 
     def _finish_reason(self, request: Request, finish_reason: str) -> str:
-        """"tool_calls" for an answer that ends after calls; one that was cut has the reason "length"."""
+        """ "tool_calls" for an answer that ends after calls; one that was cut has the reason "length"."""
         reader = self.readers.get(request.index)
         return "tool_calls" if reader and reader.num_calls and finish_reason == "stop" else finish_reason
 
