@@ -17,12 +17,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from model.answer_parts import MAX_JSON_DEPTH, parse_json_object
+from model.chatml import CALL_START
 from serving.schemas import GenerationRequest, LenientModel, NumLogprobs, TokenLimit
 
 MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 128  # of a request, and calls of a message; OpenAI's limit of tools
 OBJECT_RULE = f"a JSON object of at most {MAX_JSON_DEPTH} levels, with finite numbers and valid Unicode"
-CALL_BEGINNING = '<tool_call>\n{"name": "'  # as written by the chat format (model/chat_template.py)
+CALL_BEGINNING = f'{CALL_START}\n{{"name": "'
 
 
 def _check_object(value: Any) -> dict[str, Any]:
