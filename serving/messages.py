@@ -58,8 +58,7 @@ def _message(role: str, message: ChatMessage) -> Message:
     if role == "assistant" and message.tool_calls:
         functions = [call.function for call in message.tool_calls]
         written["tool_calls"] = [
-            {"type": "function", "function": {"name": replace_surrogates(f.name), "arguments": f.arguments}}
-            for f in functions
+            {"type": "function", "function": {"name": f.name, "arguments": f.arguments}} for f in functions
         ]
     return written
 

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
@@ -197,6 +198,11 @@ class AssistantMessage(BaseModel):
     def _without_absent_parts(self, serialize: SerializerFunctionWrapHandler) -> Any:
         fields = serialize(self)
         return {k: v for k, v in fields.items() if v is not None or k not in ("reasoning_content", "tool_calls")}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The schema of the fields, which the serializer hides."""
+        return handler({key: value for key, value in core_schema.items() if key != "serialization"})
 
 
 class ChatChoice(BaseModel):

@@ -82,14 +82,16 @@ class SchedulerDriver:
 
 def script_answers(monkeypatch: Any, answer_to: Callable[[str], str]) -> None:
     """All models generate `answer_to(the prompt as text)` and the end of the turn; its markers become added tokens."""
-    next_text = DecodeBatch._next_text
+    next_text, scripts = DecodeBatch._next_text, {}
 
     def scripted(batch: DecodeBatch, rows: list[Any], logits: torch.Tensor) -> list[Any]:
         for (sequence, _), row in zip(rows, logits, strict=True):
-            answer = answer_to(batch.tokenizer.decode(sequence.prompt))
-            ids = batch.tokenizer.renderer.backend.encode(answer, add_special_tokens=False).ids
+            if sequence not in scripts:
+                answer = answer_to(batch.tokenizer.decode(sequence.prompt))
+                ids = batch.tokenizer.renderer.backend.encode(answer, add_special_tokens=False).ids
+                scripts[sequence] = [*ids, batch.tokenizer.end_of_turn_id]
             row[:] = -100
-            row[[*ids, batch.tokenizer.end_of_turn_id][len(sequence.completion.ids)]] = 100
+            row[scripts[sequence][len(sequence.completion.ids)]] = 100
         return next_text(batch, rows, logits)
 
     monkeypatch.setattr(DecodeBatch, "_next_text", scripted)
