@@ -5,7 +5,7 @@
 A thought is at the beginning of an answer; without its end it is the whole answer. A tool call that has no end, is no
 JSON object or has no name is part of the content, with its markers. Line ends around the thought, one line end before a
 call, and whitespace between calls and after the last one belong to the format, not to the content.
-Source of the format: the chat template of Qwen/Qwen3-0.6B. Read next: chat_template.py (the same format, written).
+Source of the format: the chat template of Qwen/Qwen3-0.6B. Read next: chatml.py (the same format, written).
 """
 
 import json
@@ -13,9 +13,10 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from model.chat_template import Message
+from model.chatml import CALL_END, CALL_START, THINK_END, THINK_START
 
 MAX_JSON_DEPTH = 32  # of the arguments of a call
-_MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_MARKERS = (THINK_START, THINK_END, CALL_START, CALL_END)
 _SPLIT = re.compile("(" + "|".join(_MARKERS) + ")")
 
 
@@ -100,7 +101,7 @@ class AnswerStream:
 
     def __init__(self, reads_calls: bool = True) -> None:
         """Without `reads_calls`, calls are part of the content: those of an answer for which no tool was offered."""
-        self._call_marker = "<tool_call>" if reads_calls else None
+        self._call_marker = CALL_START if reads_calls else None
         self._state: Literal["start", "reasoning", "content", "call"] = "start"  # start: no content so far
         self._has_thought = self._has_call = False  # before the current place
         self._has_text = False  # of the thought
@@ -138,7 +139,7 @@ class AnswerStream:
 
     def _read_start(self, part: str) -> list[AnswerDelta]:
         """Before the content, after the thought, after a call."""
-        if part == "<think>" and not self._has_thought and not self._has_call:
+        if part == THINK_START and not self._has_thought and not self._has_call:
             self._state, self._has_thought, self._held = "reasoning", True, []
             return [AnswerDelta("reasoning")]
         if self._has_thought and not self._has_call and not self._held:
@@ -150,7 +151,7 @@ class AnswerStream:
         return []
 
     def _read_reasoning(self, part: str) -> list[AnswerDelta]:
-        if part == "</think>":
+        if part == THINK_END:
             self._state, self._held = "start", []
             return []
         text = part.rstrip("\n") if self._has_text else part.strip("\n")
@@ -171,7 +172,7 @@ class AnswerStream:
 
     def _read_call(self, part: str) -> list[AnswerDelta]:
         self._held.append(part)
-        if part != "</tool_call>":
+        if part != CALL_END:
             return []
         call = _parse_call("".join(self._held[self._call_start : -1]))
         self._state = "start" if call else "content"
