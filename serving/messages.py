@@ -38,7 +38,7 @@ def rendered_messages(body: ChatRequest) -> list[Message]:
     check_tool_choice(body)
     ordered = results_in_order(body.messages)
     roles = ["system" if message.role == "developer" else message.role for message in ordered]
-    written = [_message(role, message) for role, message in zip(roles, ordered, strict=True)]
+    written = [_message(role, message, body.thinking) for role, message in zip(roles, ordered, strict=True)]
     first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
     if first > 1:
         joined = "\n\n".join(message["content"] for message in written[:first])
@@ -51,10 +51,12 @@ def rendered_messages(body: ChatRequest) -> list[Message]:
     return written
 
 
-def _message(role: str, message: ChatMessage) -> Message:
+def _message(role: str, message: ChatMessage, thinking: bool | None) -> Message:
+    """With `thinking` off, an answer without a thought has the empty one that its prompt ended with."""
     written: Message = {"role": role, "content": replace_surrogates(message.text)}
-    if role == "assistant" and message.reasoning_content is not None:
-        written["reasoning_content"] = replace_surrogates(message.reasoning_content)
+    thought = "" if message.reasoning_content is None and thinking is False else message.reasoning_content
+    if role == "assistant" and thought is not None:
+        written["reasoning_content"] = replace_surrogates(thought)
     if role == "assistant" and message.tool_calls:
         functions = [call.function for call in message.tool_calls]
         written["tool_calls"] = [

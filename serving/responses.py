@@ -133,10 +133,11 @@ class ChatResponse(ResponseBuilder):
 
     def __init__(self, served: ServedModel, headers: dict[str, str], body: ChatRequest, work: list[Request]) -> None:
         super().__init__(served, headers, body, work)
-        self.readers = {request.index: DeltaReader(body) for request in work} if body.has_parts else {}
+        has_parts = body.has_parts and served.has_answer_parts
+        self.readers = {request.index: DeltaReader(body) for request in work} if has_parts else {}
 
     def _deltas(self, request: Request, text: str, is_last: bool) -> list[Delta]:
-        """The deltas of new text; without `has_parts`, all of it is content."""
+        """The deltas of new text; if the answer is not split into parts, all of it is content."""
         if reader := self.readers.get(request.index):
             return reader.push(text, is_last)
         return [{"content": text}] if text else []

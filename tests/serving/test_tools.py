@@ -341,7 +341,10 @@ def test_thoughts_are_read_again_within_a_turn_and_left_out_after_it(client, scr
     turn = [QUESTION, called, {"role": "tool", "tool_call_id": "1", "content": "5"}]
     ask(client, turn, tools=[ADD])
     ask(client, [*turn, {"role": "assistant", "content": "5", "reasoning_content": "easy"}, QUESTION], tools=[ADD])
-    first, second = script.prompts
+    silent = [QUESTION, {**called, "reasoning_content": None}, turn[-1]]
+    ask(client, silent, tools=[ADD], extra={"enable_thinking": False})
+    first, second, third = script.prompts
+    assert f"assistant\n{EMPTY_THOUGHT}{CALL}<|im_end|>" in third, "the prompt after which the call was generated"
     assert f"assistant\n<think>\nlet me add\n</think>\n\n{CALL}<|im_end|>" in first
     assert "<think>" not in second and f"assistant\n{CALL}<|im_end|>" in second and "assistant\n5<|im_end|>" in second
 
