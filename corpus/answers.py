@@ -32,7 +32,7 @@ PAIR_SIDES = ("chosen", "rejected")
 NO_PAIR_KEYS = "none of the keys of a pair"
 
 
-def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
+def parse_answer_value(given: Any, key: str, notes: RowNotes) -> list[Message]:
     """Parses `given`, the value under `key`, into assistant messages.
 
     Of several texts under the key `answers` the first is used, and the change is noted. Raises DroppedRow for an empty

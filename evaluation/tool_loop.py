@@ -67,10 +67,12 @@ class ReplyPart(NamedTuple):
 class Reply:
     """A reply to the last message of a chat. `messages`: its answers and results so far.
 
+    `has_parts`: whether thoughts and calls are read in its answers (ChatModel.has_answer_parts).
     `completions`: one per answer; the last one may still be running. `prompt_tokens`: of the first prompt.
     """
 
-    options: ToolOptions
+    options: ToolOptions = NO_TOOLS
+    has_parts: bool = True
     messages: list[Message] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -93,10 +95,10 @@ class Reply:
         self.prompt_tokens = self.prompt_tokens or len(prompt)
         return prompt
 
-    def add_answer(self, chat_model: ChatModel, completion: Completion) -> list[str]:
+    def add_answer(self, completion: Completion) -> list[str]:
         """Add a completed answer, run its calls, add their results and return them."""
         message: Message = {"role": "assistant", "content": completion.text}
-        if chat_model.has_answer_parts:
+        if self.has_parts:
             message = answer_message(completion.text)
             if self.options.enable_thinking is False:
                 message.setdefault("reasoning_content", "")  # the empty thought at the end of the prompt
@@ -117,13 +119,13 @@ class Reply:
         self.messages += [{"role": "tool", "content": result} for result in results]
         return results
 
-    def stop(self, chat_model: ChatModel) -> None:
+    def stop(self) -> None:
         """End a reply that is not read any further; the text of the running answer stays."""
         num_answers = sum(message["role"] == "assistant" for message in self.messages)
         for completion in self.completions[num_answers:]:
             completion.finish_reason = "stopped"
             if completion.text:
-                self.add_answer(chat_model, completion)
+                self.add_answer(completion)
         self.finish_reason = self.finish_reason or "stopped"
 
 
@@ -142,7 +144,7 @@ def stream_reply(
         reply.completions.append(completion)
         return pieces
 
-    return _stream_parts(chat_model, reply, start_answer(), start_answer)
+    return _stream_parts(reply, start_answer(), start_answer)
 
 
 def complete_replies(
@@ -152,7 +154,7 @@ def complete_replies(
 
     Raises ValueError for a chat that is too long from the beginning.
     """
-    replies = [Reply(options) for _ in chats]
+    replies = [Reply(options, chat_model.has_answer_parts) for _ in chats]
     running = list(zip(replies, map(options.add_tools, chats), strict=True))
     while running:
         prompts = [reply.next_prompt(chat_model, messages, settings.max_new_tokens) for reply, messages in running]
@@ -163,22 +165,22 @@ def complete_replies(
         running = [(reply, messages) for reply, messages in running if not reply.finish_reason]
         for (reply, _), completion in zip(running, chat_model.generate(prompts, settings), strict=True):
             reply.completions.append(completion)
-            reply.add_answer(chat_model, completion)
+            reply.add_answer(completion)
         running = [(reply, messages) for reply, messages in running if not reply.finish_reason]
     return replies
 
 
 def _stream_parts(
-    chat_model: ChatModel, reply: Reply, pieces: Iterator[str], start_answer: Callable[[], Iterator[str]]
+    reply: Reply, pieces: Iterator[str], start_answer: Callable[[], Iterator[str]]
 ) -> Iterator[ReplyPart]:
     """Read answers until the reply has ended. Each piece gives a part, possibly "": the reader may stop at any."""
     while True:
         stream = AnswerStream()
         for piece in pieces:
-            deltas = stream.push(piece) if chat_model.has_answer_parts else [AnswerDelta("content", piece)]
+            deltas = stream.push(piece) if reply.has_parts else [AnswerDelta("content", piece)]
             yield from map(_reply_part, deltas or [AnswerDelta("content")])
         yield from map(_reply_part, stream.finish())
-        for result in reply.add_answer(chat_model, reply.completions[-1]):
+        for result in reply.add_answer(reply.completions[-1]):
             yield ReplyPart("tool_result", result)
         if reply.finish_reason:
             return

@@ -30,7 +30,7 @@ def chat_model(tokenizer, tmp_path_factory):
 
 def run_loop(chat_model, options, messages=QUESTION):
     """(parts of the streamed reply with neighbours of a kind joined, the reply)."""
-    reply, parts = Reply(options), []
+    reply, parts = Reply(options, chat_model.has_answer_parts), []
     for part in stream_reply(chat_model, messages, SETTINGS, reply):
         if parts and parts[-1][0] == part.kind and not part.kind.startswith("tool_"):
             parts[-1][1] += part.text
@@ -116,7 +116,7 @@ def test_a_reply_can_be_stopped_anywhere_and_keeps_what_was_generated(chat_model
     whole = len(list_parts(chat_model, monkeypatch, texts)[0])
     for count in range(whole):
         parts, reply = list_parts(chat_model, monkeypatch, texts, count)
-        reply.stop(chat_model)
+        reply.stop()
         roles = [message["role"] for message in reply.messages]
         assert roles in ([], ["assistant"], ["assistant", "tool"], ["assistant", "tool", "assistant"])
         shown = "".join(part.text for part in parts if part.kind == "content")
