@@ -60,7 +60,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, files: dict[str, str]) -> None:
-        self.has_old_files = False
+        self.has_old_files = False  # whether CHAT_MARKERS are spare tokens there, on which no model was trained
         if given := files.get("tokenizer.json"):  # else open_backend raises the reason
             files = {**files, "tokenizer.json": name_chat_markers(given)}
             self.has_old_files = files["tokenizer.json"] != given
@@ -219,12 +219,6 @@ class ChatTokenizer:
         """The ids of control tokens, without CHAT_MARKERS."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special) - self.chat_marker_ids
-
-    @property
-    def ungenerated_ids(self) -> frozenset[int]:
-        """The ids that are never generated, unless one ends an answer: control tokens, and the CHAT_MARKERS of files
-        that do not name them. Those of an old model are spare tokens, on which it was not trained."""
-        return self.special_ids | (self.chat_marker_ids if self.has_old_files else frozenset())
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of each token, shape (vocab,); 0 for special tokens. For bits per byte.

@@ -10,6 +10,8 @@
 `function_call` are ignored. Read next: messages.py (from these fields to the messages that are rendered).
 """
 
+import contextlib
+import itertools
 import json
 from typing import Annotated, Any, Literal
 
@@ -22,17 +24,30 @@ from serving.schemas import GenerationRequest, LenientModel, NumLogprobs, TokenL
 
 MAX_MESSAGES = 4096  # of a chat, and parts of a message
 MAX_TOOLS = 128  # of a request, and calls of a message; OpenAI's limit of tools
+MAX_VALUES = 20_000  # in the tools of a request, and in the arguments of a call
 OBJECT_RULE = f"a JSON object of at most {MAX_JSON_DEPTH} levels, with finite numbers and valid Unicode"
 CALL_BEGINNING = f'{CALL_START}\n{{"name": "'
 
 
+def _check_size(value: Any) -> Any:
+    """Reject a value of more than MAX_VALUES values before it is copied. Takes constant time for a large one."""
+    level, count = [value], 1
+    while level and count <= MAX_VALUES:
+        child = level.pop()
+        children = child.values() if isinstance(child, dict) else child if isinstance(child, list) else ()
+        count += len(children)
+        level += itertools.islice(children, MAX_VALUES)
+    if count > MAX_VALUES:
+        raise PydanticCustomError("size", "must have at most {most} values", {"most": MAX_VALUES})
+    return value
+
+
 def _check_object(value: Any) -> dict[str, Any]:
     """The object, given itself or as JSON text; "" is the text of an empty one."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        text = "nested too deeply"
-    parsed = parse_json_object(text or "{}")
+    parsed = None
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
+        value = json.loads(value or "{}") if isinstance(value, str) else value
+        parsed = parse_json_object(json.dumps(_check_size(value), ensure_ascii=False))
     if parsed is None:
         raise PydanticCustomError("json_object", "must be {rule}", {"rule": OBJECT_RULE})
     return parsed
@@ -128,7 +143,13 @@ class ChatTemplateKwargs(LenientModel):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: (
-        Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_names)] | None
+        Annotated[
+            list[FunctionTool],
+            Field(max_length=MAX_TOOLS, fail_fast=True),
+            BeforeValidator(_check_size),
+            AfterValidator(_check_names),
+        ]
+        | None
     ) = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
         None, description="required, or a named tool: the answer begins with a call (default: auto)"

@@ -1,6 +1,6 @@
 """A served model: its name and limits, and the token ids of a request's prompt.
 
-    chat:  the messages in the model's chat format; if they are too long, the oldest turns are dropped
+    chat:  the messages in the model's chat format (messages.py); if they are too long, the oldest turns are dropped
     text:  the prompt unchanged; if it is too long, PromptTooLong with both lengths
 
 Called by requests.py and service.py. Read next: ../evaluation/chat_model.py (ChatModel), ../model/tokenizer.py
