@@ -143,7 +143,7 @@ class ChatResponse(ResponseBuilder):
         return [{"content": text}] if text else []
 
     def _finish_reason(self, request: Request, finish_reason: str) -> str:
-        """ "tool_calls" for an answer that ends after calls; one that was cut has the reason "length"."""
+        """An answer with calls has the reason "tool_calls"; one that was cut keeps "length"."""
         reader = self.readers.get(request.index)
         return "tool_calls" if reader and reader.num_calls and finish_reason == "stop" else finish_reason
 

@@ -365,3 +365,13 @@ def test_without_tools_and_switch_the_text_is_unchanged(client, script, server, 
     assert first["delta"] == {"role": "assistant", "content": ""} and last["delta"] == {}
     assert all(choice["delta"].keys() == {"content"} for choice in middle)
     assert "".join(choice["delta"]["content"] for choice in middle) == text
+
+
+def test_a_format_without_tools_refuses_them_and_has_no_thoughts(tokenizer, tmp_path, script):
+    path = save_random_model(tmp_path / "full_sft_32.pth", tokenizer.with_chat_format("belle"))
+    script.answers = text = "<think>a</think>b"
+    with run_server([path]) as server:
+        response = server.post("chat/completions", messages=[QUESTION], tools=[ADD])
+        assert response.status_code == 400 and "belle" in response.json()["error"]["message"], response.text
+        response = server.post("chat/completions", messages=[QUESTION], temperature=0, enable_thinking=True)
+        assert response.json()["choices"][0]["message"] == {"role": "assistant", "content": text, "refusal": None}
