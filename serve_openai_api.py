@@ -8,7 +8,8 @@
          -d '{"messages": [{"role": "user", "content": "你好"}]}'
 
 Requests are decoded in one batch, which new requests join between two tokens. Routes: /v1/chat/completions,
-/v1/completions, /v1/embeddings, /v1/models, /health, /openapi.json.
+/v1/completions, /v1/embeddings, /v1/models, /health, /openapi.json. Chats may have tools and thoughts, as in OpenAI's
+API (serving/chat_schemas.py); the client runs the tools, the server never does.
 Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1". Reads checkpoints, writes no files.
 Read next: serving/config.py (the flags), serving/service.py (how a request is processed), serving/scheduler.py
 (continuous batching), model/generate.py (decoding).

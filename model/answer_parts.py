@@ -99,7 +99,9 @@ class AnswerStream:
     Text is held back while it may belong to a marker, to a call or to the whitespace of the format.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reads_calls: bool = True) -> None:
+        """Without `reads_calls`, calls are part of the content: those of an answer for which no tool was offered."""
+        self._call_marker = CALL_START if reads_calls else None
         self._state: Literal["start", "reasoning", "content", "call"] = "start"  # start: no content so far
         self._has_thought = self._has_call = False  # before the current place
         self._has_text = False  # of the thought
@@ -146,7 +148,7 @@ class AnswerStream:
         if self._has_thought and not self._has_call and not self._held:
             part = part.lstrip("\n")
         if part and part.strip():
-            self._state = "content" if part != CALL_START else self._state
+            self._state = "content" if part != self._call_marker else self._state
             return self._read_content(part)
         self._held += [part] if part else []
         return []
@@ -162,7 +164,7 @@ class AnswerStream:
         return deltas
 
     def _read_content(self, part: str) -> list[AnswerDelta]:
-        if part == CALL_START:
+        if part == self._call_marker:
             self._state, self._call_start = "call", len(self._held) + 1
             self._held.append(part)
             return []

@@ -47,7 +47,11 @@ class DecodeBatch:
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
         self.stop_ids = frozenset(tokenizer.stop_ids)
         self.banned_mask = torch.zeros(entries, dtype=torch.bool, device=self.device)  # other special and unused tokens
-        self.banned_mask[[*(tokenizer.special_ids - self.stop_ids), *range(tokenizer.vocab_size, entries)]] = True
+        unused = [
+            *range(tokenizer.vocab_size, entries),
+            *(tokenizer.chat_marker_ids if tokenizer.has_old_files else ()),
+        ]
+        self.banned_mask[[*(tokenizer.special_ids - self.stop_ids), *unused]] = True
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -60,8 +60,10 @@ class ChatTokenizer:
     """
 
     def __init__(self, files: dict[str, str]) -> None:
-        if "tokenizer.json" in files:  # else open_backend raises the reason
-            files = {**files, "tokenizer.json": name_chat_markers(files["tokenizer.json"])}
+        self.has_old_files = False  # whether CHAT_MARKERS are spare tokens there, on which no model was trained
+        if given := files.get("tokenizer.json"):  # else open_backend raises the reason
+            files = {**files, "tokenizer.json": name_chat_markers(given)}
+            self.has_old_files = files["tokenizer.json"] != given
         self.files = files
         # Encodes plain text. Otherwise the text "<|im_end|>" in it would be encoded as the control token; the library
         # has this setting for special tokens only.

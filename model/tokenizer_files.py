@@ -137,7 +137,7 @@ def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str
     }
     specials = {"eos_token": END_OF_TEXT, "pad_token": PAD_TOKEN}
     return {
-        "tokenizer.json": backend.to_str(pretty=False),
+        "tokenizer.json": name_chat_markers(backend.to_str(pretty=False)),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
         "special_tokens_map.json": json.dumps(specials, indent=2),
     }

@@ -22,13 +22,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from serving import schemas
+from serving.chat_schemas import ChatRequest
 from serving.config import ServeConfig
 from serving.embeddings import EmbeddingList, EmbeddingRequest
 from serving.errors import ApiError
 from serving.middleware import RequestMiddleware
 from serving.models import ServedModel
 from serving.scheduler import QueueFull
-from serving.schemas import ChatRequest, CompletionRequest
+from serving.schemas import CompletionRequest
 from serving.service import CompletionService
 
 SCHEMA_REFERENCE = "#/components/schemas/{model}"

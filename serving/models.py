@@ -1,6 +1,6 @@
 """A served model: its name and limits, and the token ids of a request's prompt.
 
-    chat:  the messages in the model's chat format; if they are too long, the oldest turns are dropped
+    chat:  the messages in the model's chat format (messages.py); if they are too long, the oldest turns are dropped
     text:  the prompt unchanged; if it is too long, PromptTooLong with both lengths
 
 Called by requests.py and service.py. Read next: ../evaluation/chat_model.py (ChatModel), ../model/tokenizer.py
@@ -20,8 +20,10 @@ from model.chat_template import Message
 from model.generate import chat_prompt
 from model.rope import rope_summary
 from model.sampling_presets import find_preset, format_settings
+from serving.chat_schemas import ChatRequest
 from serving.config import ServeConfig
-from serving.schemas import ChatMessage, ChatRequest, ModelCard
+from serving.messages import message_size, rendered_messages, replace_surrogates, utf8_size
+from serving.schemas import ModelCard
 
 MIN_BYTES_PER_TOKEN = 16  # of the size check before tokenising, which lets texts of almost the right length pass
 
@@ -66,14 +68,15 @@ class ServedModel(ChatModel):
 
         Raises PromptTooLong if the system message and the last turn alone cannot fit.
         """
-        sizes = [utf8_size(message["content"]) for message in messages]
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+        sizes = [message_size(message, with_thought=i > last) for i, message in enumerate(messages)]
         first = int(messages[0]["role"] == "system")
         size, starts = sum(sizes), [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
         start = first
         while size > self.max_text_bytes and starts:
             size -= sum(sizes[start : starts[0]])
             start = starts.pop(0)
-        self.check_text_size(size, "the system message with the last question")
+        self.check_text_size(size, f"{system_part(messages)} with the last question")
         return messages[:first] + messages[start:]
 
     def summary(self) -> str:
@@ -102,10 +105,12 @@ class ServedModel(ChatModel):
     def chat_ids(self, body: ChatRequest) -> list[int]:
         """The prompt's token ids, shortened to leave space for `max_new_tokens` or a quarter of the context if less.
 
-        Raises PromptTooLong if the system message and the last question leave no space, UserError for a role that the
-        chat format lacks and for a last message that cannot be continued.
+        They end with `opening`, the beginning of the answer. Raises PromptTooLong if the system message and the last
+        question leave no space, UserError for a role that the chat format lacks and for a last message that cannot be
+        continued, ApiError 400 for a tool_choice without its tool and for results without a call.
         """
-        messages, is_continued = normalise_messages(body.messages), bool(body.continue_final_message)
+        messages, is_continued = rendered_messages(body), bool(body.continue_final_message)
+        opening = self.tokenizer.renderer.backend.encode(body.opening, add_special_tokens=False).ids
         if is_continued and body.add_generation_prompt:
             raise UserError("continue_final_message and add_generation_prompt cannot both be true")
         if is_continued and messages[-1]["role"] != "assistant":
@@ -115,15 +120,15 @@ class ServedModel(ChatModel):
         def render(kept: list[Message]) -> list[int]:
             if is_continued:
                 return self.tokenizer.render_unfinished(kept)
-            return self.tokenizer.render(kept, body.add_generation_prompt is not False)[0]
+            return [*self.tokenizer.render(kept, body.add_generation_prompt is not False, body.thinking)[0], *opening]
 
         ids = chat_prompt(
             self.model, self.tokenizer, self.drop_old_turns(messages), body.max_new_tokens or self.max_model_len, render
         )
         if len(ids) >= self.max_model_len:
             raise PromptTooLong(
-                f"this model's context is {self.max_model_len} tokens, and the system message with the last question "
-                f"has {len(ids)}: shorten them"
+                f"this model's context is {self.max_model_len} tokens, and {system_part(messages)} with the last "
+                f"question has {len(ids)}: shorten them"
             )
         return ids
 
@@ -147,27 +152,9 @@ class ServedModel(ChatModel):
         return ids
 
 
-def utf8_size(text: str) -> int:
-    """Bytes in UTF-8; a lone surrogate counts as one."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which JSON can contain and UTF-8 cannot, by "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def normalise_messages(messages: list[ChatMessage]) -> list[Message]:
-    """Role and text of each message; "developer" becomes "system", and leading system messages are joined into one."""
-    roles = ["system" if message.role == "developer" else message.role for message in messages]
-    first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
-    written = [
-        {"role": r, "content": replace_surrogates(message.text)} for r, message in zip(roles, messages, strict=True)
-    ]
-    if first > 1:
-        joined = "\n\n".join(message["content"] for message in written[:first])
-        written[:first] = [{"role": "system", "content": joined}]
-    return written
+def system_part(messages: list[Message]) -> str:
+    """The part of a prompt that is never dropped, for an error message."""
+    return "the system message and its tools" if "tools" in messages[0] else "the system message"
 
 
 def open_models(config: ServeConfig) -> dict[str, ServedModel]:

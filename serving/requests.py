@@ -17,14 +17,16 @@ from common.errors import UserError
 from model.completion import Completion, Sequence
 from model.sampling import SamplingParams
 from model.sampling_presets import DEFAULT_SAMPLING, merge_settings
+from serving.chat_schemas import ChatRequest
 from serving.errors import ApiError
 from serving.models import PromptTooLong, ServedModel
 from serving.scheduler import Request
-from serving.schemas import ChatRequest, CompletionRequest, LenientModel
+from serving.schemas import CompletionRequest, LenientModel
 
 MAX_IGNORED_SHOWN = 20  # names in the header x-ignored-fields
 UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # default values of unsupported fields
-UNION_TYPES = ("list[", "constrained-", "str", "int")  # pydantic's names of the types of a union, in an error's `loc`
+# pydantic's names of the types of a union, in an error's `loc`: whole names, and beginnings of names
+UNION_TYPES, UNION_TYPE_PREFIXES = ("str", "int", "NamedToolChoice"), ("list[", "constrained-", "literal[", "function-")
 SAMPLING_FIELDS = (  # copied unchanged into SamplingParams
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "penalty_window", "no_repeat_ngram_size", "num_beams", "length_penalty",
@@ -70,7 +72,7 @@ def union_error(errors: Errors[Any]) -> tuple[str, str]:
 def _field_path(error: Any) -> str:
     """An error's `loc` as `messages.0.role`, without pydantic's names of the types of a union."""
     name, *inside = [str(part) for part in error["loc"]] or [""]
-    return ".".join([name, *(part for part in inside if part.isdigit() or not part.startswith(UNION_TYPES))])
+    return ".".join([name, *(p for p in inside if p not in UNION_TYPES and not p.startswith(UNION_TYPE_PREFIXES))])
 
 
 def ignored_fields_header(body: LenientModel) -> dict[str, str]:

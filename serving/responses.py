@@ -25,7 +25,10 @@ from model.detokenizer import IncrementalDetokenizer, token_bytes
 from model.logprobs import TokenLogprob
 from model.tokenizer import ChatTokenizer
 from serving import schemas
-from serving.models import ServedModel, replace_surrogates
+from serving.answer_deltas import Delta, DeltaReader, join_deltas
+from serving.chat_schemas import ChatRequest
+from serving.messages import replace_surrogates
+from serving.models import ServedModel
 from serving.scheduler import Request, TokenEvent
 
 Prompt = str | list[int]  # as in the request
@@ -52,10 +55,10 @@ class ResponseBuilder:
     response_type: type[schemas.ChatCompletion] | type[schemas.TextCompletion]
 
     def __init__(
-        self, served: ServedModel, headers: dict[str, str], work: list[Request], wants_usage: bool, stream: bool
+        self, served: ServedModel, headers: dict[str, str], body: schemas.GenerationRequest, work: list[Request]
     ) -> None:
-        self.served, self.headers, self.work, self.stream = served, headers, work, stream
-        self.tokenizer, self.wants_usage = served.tokenizer, wants_usage
+        self.served, self.headers, self.work, self.stream = served, headers, work, bool(body.stream)
+        self.tokenizer, self.wants_usage = served.tokenizer, body.wants_usage
         self.common_fields: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -82,8 +85,12 @@ class ResponseBuilder:
             text, logprobs = self._next_text(request, answer.text, len(answer.ids), True)
             reason = "stop" if answer.finish_reason == "stop" else "length"
             choice = {"index": request.index, "logprobs": logprobs, "finish_reason": reason}
-            choices.append({**choice, "message": {"content": text}, "text": text})  # the schema picks one of the two
+            choices.append({**choice, **self._answer_fields(request, text, reason)})
         return self.response_type(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
+
+    def _answer_fields(self, request: Request, text: str, finish_reason: str) -> dict[str, Any]:
+        """The fields of a choice that contain a finished answer; they may replace the finish reason."""
+        raise NotImplementedError
 
     def first_event(self) -> str:
         """Events before the first token."""
@@ -124,19 +131,40 @@ class ResponseBuilder:
 class ChatResponse(ResponseBuilder):
     id_prefix, chunk_type, response_type = "chatcmpl", "chat.completion.chunk", schemas.ChatCompletion
 
+    def __init__(self, served: ServedModel, headers: dict[str, str], body: ChatRequest, work: list[Request]) -> None:
+        super().__init__(served, headers, body, work)
+        has_parts = body.has_parts and served.has_answer_parts
+        self.readers = {request.index: DeltaReader(body) for request in work} if has_parts else {}
+
+    def _deltas(self, request: Request, text: str, is_last: bool) -> list[Delta]:
+        """The deltas of new text; if the answer is not split into parts, all of it is content."""
+        if reader := self.readers.get(request.index):
+            return reader.push(text, is_last)
+        return [{"content": text}] if text else []
+
+    def _finish_reason(self, request: Request, finish_reason: str) -> str:
+        """An answer with calls has the reason "tool_calls"; one that was cut keeps "length"."""
+        reader = self.readers.get(request.index)
+        return "tool_calls" if reader and reader.num_calls and finish_reason == "stop" else finish_reason
+
+    def _answer_fields(self, request: Request, text: str, finish_reason: str) -> dict[str, Any]:
+        message = join_deltas(self._deltas(request, text, True))
+        return {"message": message, "finish_reason": self._finish_reason(request, finish_reason)}
+
     def first_event(self) -> str:
-        start = {"role": "assistant", "content": ""}
+        start = {"role": "assistant", "content": None if self.readers else ""}
         return "".join(self._choice_event(request.index, start, None, None) for request in self.work)
 
     def event(self, event: TokenEvent) -> str:
         is_last, index = bool(event.finish_reason), event.request.index
         text, logprobs = self._next_text(event.request, event.text, event.num_tokens, is_last)
-        content = end = ""
-        if text or (logprobs and logprobs.content):
-            content = self._choice_event(index, {"content": text}, logprobs and logprobs.model_dump(), None)
+        deltas, sent = self._deltas(event.request, text, is_last), logprobs and logprobs.model_dump()
+        if not deltas and logprobs and logprobs.content:
+            deltas = [{} if self.readers else {"content": ""}]
+        events = [self._choice_event(index, delta, None if i else sent, None) for i, delta in enumerate(deltas)]
         if is_last:
-            end = self._choice_event(index, {}, None, event.finish_reason)
-        return content + end
+            events.append(self._choice_event(index, {}, None, self._finish_reason(event.request, event.finish_reason)))
+        return "".join(events)
 
     def _choice_event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> str:
         return self._chunk_event(
@@ -162,6 +190,9 @@ class ChatResponse(ResponseBuilder):
 
 class CompletionResponse(ResponseBuilder):
     id_prefix, chunk_type, response_type = "cmpl", "text_completion", schemas.TextCompletion
+
+    def _answer_fields(self, request: Request, text: str, finish_reason: str) -> dict[str, Any]:
+        return {"text": text}
 
     def event(self, event: TokenEvent) -> str:
         is_last = bool(event.finish_reason)

@@ -1,21 +1,30 @@
 """Schemas of requests and responses, as in OpenAI's API; the source of /openapi.json.
 
-Unknown and unsupported fields (tools, response_format, logit_bias, ...) are accepted, ignored, and named in the
+Unknown and unsupported fields (response_format, logit_bias, functions, ...) are accepted, ignored, and named in the
 response header `x-ignored-fields`. Types are strict: "0.7" is not a number.
 Sources: OpenAI's API reference, "Chat" and "Completions"; vLLM for top_k, min_p and repetition_penalty; transformers'
 GenerationConfig for num_beams, length_penalty and no_repeat_ngram_size.
-Called by requests.py, responses.py and app.py. Read next: requests.py (parsing), responses.py (building a response).
+Called by requests.py, responses.py and app.py. Read next: chat_schemas.py (chats and tools), requests.py (parsing),
+responses.py (building a response).
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 from model.sampling import MAX_BEAMS
 
 MAX_TOKENS = 1_000_000
-MAX_MESSAGES = 4096  # of a chat, and parts of a message
 DEFAULT_COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions
 
 
@@ -108,48 +117,6 @@ class GenerationRequest(LenientModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(LenientModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(LenientModel):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class ChatRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: the rest of the context)")
-    max_tokens: TokenLimit = Field(None, description="older name of max_completion_tokens")
-    add_generation_prompt: bool | None = Field(None, description="false: do not open an assistant turn (default: true)")
-    continue_final_message: bool | None = Field(
-        None, description="continue the last message, which must be the assistant's, instead of opening a new turn"
-    )
-    logprobs: bool | None = None
-    top_logprobs: NumLogprobs | None = None
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return None if given == -1 else given
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.top_logprobs or 0 if self.logprobs or self.top_logprobs else None
-
-    @property
-    def num_prompt_logprobs(self) -> None:
-        """None: only /v1/completions returns log-probabilities of the prompt."""
-        return None
-
-
 TokenIds = Annotated[list[Annotated[int, Field(ge=0), ACCEPT_WHOLE_FLOATS]], Field(min_length=1, fail_fast=True)]
 
 
@@ -209,20 +176,40 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON text of an object")
+
+
+class ResponseToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null: the answer consists of tool calls")
     refusal: None = None
+    reasoning_content: str | None = Field(None, description="absent for an answer without a thought")
+    tool_calls: list[ResponseToolCall] | None = Field(None, description="absent for an answer without calls")
 
+    @model_serializer(mode="wrap")
+    def _without_absent_parts(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        fields = serialize(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in ("reasoning_content", "tool_calls")}
 
-FinishReason = Literal["stop", "length"]
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> Any:
+        """The schema of the fields, which the serializer hides."""
+        return handler({key: value for key, value in core_schema.items() if key != "serialization"})
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
@@ -245,7 +232,7 @@ class TextChoice(BaseModel):
     index: int
     text: str
     logprobs: TextLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length"]
 
 
 class TextCompletion(BaseModel):

@@ -23,6 +23,7 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
+from serving.chat_schemas import ChatRequest
 from serving.config import ServeConfig
 from serving.embeddings import EmbeddingRequest, EmbeddingResponse
 from serving.errors import MODEL_FAILED, ApiError
@@ -31,7 +32,7 @@ from serving.models import ServedModel
 from serving.requests import ignored_fields_header, make_requests, parse_body
 from serving.responses import ChatResponse, CompletionResponse, ResponseBuilder, sse_event
 from serving.scheduler import QueueFull, Scheduler, TokenEvent, WorkItem, abort
-from serving.schemas import ChatRequest, CompletionRequest
+from serving.schemas import CompletionRequest
 
 PAUSE_RATIO = 3
 AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
@@ -129,8 +130,10 @@ class CompletionService:
         self.schedulers[served.name].check_capacity()
         if isinstance(body, EmbeddingRequest):
             return EmbeddingResponse(served, headers, body)
-        builder_class = ChatResponse if isinstance(body, ChatRequest) else CompletionResponse
-        return builder_class(served, headers, make_requests(body, served), body.wants_usage, bool(body.stream))
+        work = make_requests(body, served)
+        if isinstance(body, ChatRequest):
+            return ChatResponse(served, headers, body, work)
+        return CompletionResponse(served, headers, body, work)
 
     def select_model(self, body: AnyRequest) -> tuple[ServedModel, dict[str, str]]:
         """Return the model for a request and the response headers x-ignored-fields and x-served-model, where needed.

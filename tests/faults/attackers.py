@@ -21,6 +21,10 @@ import time
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 HEAD += "Connection: close\r\n"
 CHAT = '{"messages": [{"role": "user", "content": "?"}], "max_tokens": 2%s}'
+TOOL = '{"type": "function", "function": {"name": "f", "parameters": {"a": %s}}}'
+CALL = (
+    '{"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "%s"}}]}]}'
+)
 MEGABYTE = 2**20 - 500
 
 
@@ -36,6 +40,7 @@ def odd_field_requests(random):
     values += ['"\\ud800"', '"\\u0000"', "[]", "{}", "[[]]", "[null]", '"x"', "1.5", "2", '["", "\\udfff"]']
     names = ["temperature", "top_p", "top_k", "n", "stop", "seed", "logprobs", "top_logprobs", "stream", "model"]
     names += ["messages", "max_tokens", "num_beams", "tools", "user", "logit_bias", "\\ud800", "x" * 5000]
+    names += ["tool_choice", "parallel_tool_calls", "enable_thinking", "chat_template_kwargs"]
     more = "".join(f', "{random.choice(names)}": {random.choice(values)}' for _ in range(random.randint(1, 3)))
     yield post(CHAT % more)
     yield post(f'{{"prompt": {random.choice(values)}{more}}}', "completions")
@@ -46,6 +51,8 @@ def non_json_requests(random):
     depth = random.choice([500, 990, 5000, 200_000])
     yield post(random.choice(["[", '{"a":', "[{"]) * depth)
     yield post(CHAT % (', "tools": ' + "[" * depth + "]" * depth))
+    yield post(CHAT % f', "tools": [{TOOL % ("[" * depth + "]" * depth)}]')
+    yield post(CALL % ("[" * depth))
     text = bytearray((CHAT % "").encode())
     for _ in range(random.randint(1, 5)):
         text[random.randrange(len(text))] = random.randrange(256)
@@ -85,9 +92,14 @@ def non_http_requests(random):
     yield good + random.randbytes(100)
 
 
+def json_list(entry, size):
+    """A list of equal entries, about `size` bytes long."""
+    return f"[{','.join([entry] * (size // (len(entry) + 1)))}]"
+
+
 def json_array(name, entry, size):
-    """A body with a list of equal entries, about `size` bytes long."""
-    return f'{{"{name}": [{",".join([entry] * (size // (len(entry) + 1)))}]}}'
+    """A body with such a list."""
+    return f'{{"{name}": {json_list(entry, size)}}}'
 
 
 def flood_bodies():
@@ -104,6 +116,9 @@ def flood_bodies():
     yield post(json.dumps({"prompt": "?", "stop": "a" * MEGABYTE}), "completions")
     yield post(json_array("input", '"' + "b" * 500 + '"', MEGABYTE), "embeddings")
     yield post(json.dumps({"input": ["b" * MEGABYTE]}), "embeddings")
+    yield post(CHAT % f', "tools": [{TOOL % json_list("[]", MEGABYTE)}]')
+    yield post(CHAT % f', "tools": {json_list(TOOL % json_list("[]", 8000), MEGABYTE)}')
+    yield post(CALL % json_list("[]", MEGABYTE))
     yield post(json.dumps({"model": "m" * MEGABYTE, **json.loads(CHAT % "")}))
 
 

@@ -20,6 +20,7 @@ from model.detokenizer import IncrementalDetokenizer
 from model.generate import fit_chat, generate, stream
 from model.sampling import SamplingParams, apply_repetition_penalty, filter_logits, sample, top_p_mask
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
+from model.tokenizer_files import name_spare_tokens
 from tests.helpers import tiny_model
 
 
@@ -239,14 +240,25 @@ def test_penalty_spares_the_closing_marker(tokenizer):
 # ------------------------------------------------------------------------------------------------------ stop conditions
 
 
-def test_control_and_spare_tokens_are_never_sampled(tokenizer):
+def sampled_ids(tokenizer, likely):
     logits = torch.zeros(300)  # more rows than the tokenizer has tokens
-    logits[[1, 3, 4, 15, 272, 299]] = 50.0
+    logits[likely] = 50.0
     model = tiny_model(vocab_size=300)
     model.lm_head = ScriptedHead([logits])
     model.lm_head.weight = torch.zeros(300, 32)
-    drawn = generate(model, [[50]], SamplingParams(temperature=1.0, max_new_tokens=31, seed=0), tokenizer)[0]
-    assert set(drawn.ids) <= {*range(4, 10), *range(16, 272)}  # 4 to 9: <think>, <tool_call>, …
+    settings = SamplingParams(temperature=1.0, max_new_tokens=31, seed=0)
+    return set(generate(model, [[50]], settings, tokenizer)[0].ids)
+
+
+def test_control_and_spare_tokens_are_never_sampled(tokenizer):
+    assert sampled_ids(tokenizer, [1, 3, 10, 15, 272, 299]) <= set(range(16, 272))
+
+
+def test_markers_of_thoughts_and_calls_are_sampled_unless_they_are_an_old_models_spare_tokens(tokenizer):
+    markers = [4, 5, 6, 7, 8, 9]
+    assert tokenizer.chat_marker_ids == set(markers) and sampled_ids(tokenizer, markers) == set(markers)
+    old = ChatTokenizer({**tokenizer.files, "tokenizer.json": name_spare_tokens(tokenizer.files["tokenizer.json"])})
+    assert old.files == tokenizer.files and sampled_ids(old, markers) <= set(range(16, 272))
 
 
 @pytest.mark.parametrize("marker", ["im_end_id", "eos_id"])

@@ -1,7 +1,8 @@
 """chat_openai_api.py against this project's server and servers that are not OpenAI-compatible.
 
 Promises: --prompt prints one answer; each request contains the history and the system message; the first model is the
-default; Ctrl-C stops the answer but not the program; errors print one line and exit with code 2.
+default; thoughts, calls and results are printed under headings, and calls are run; Ctrl-C stops the answer but not the
+program; errors print one line and exit with code 2.
 """
 
 import http.server
@@ -20,7 +21,7 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from serving import service
 from tests.helpers import ROOT, run_process, run_script
-from tests.serving.server_helpers import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model, script_answers
 
 SCRIPT = "chat_openai_api.py"
 
@@ -91,6 +92,40 @@ def test_end_of_input_ends_the_program(monkeypatch, server, requests):
     assert len(requests) == 1
 
 
+THOUGHT, CALL = "<think>\nby 工具\n</think>\n\n", '<tool_call>\n{"name": "calculator", "arguments": %s}\n</tool_call>'
+
+
+def test_calls_are_run_and_printed_with_their_results(monkeypatch, server, requests, capsys):
+    first = THOUGHT + "Two:\n" + CALL % '{"expression": "17 * 23"}' + "\n" + CALL % '{"expression": "1/0"}'
+    script_answers(monkeypatch, lambda prompt: "391!" if "391" in prompt else first)
+    run_client(monkeypatch, server, "--tools", "calculator,clock", lines=["17 * 23?", "1\x1b"])
+    printed = capsys.readouterr().out
+    assert printed.partition("\n")[2].startswith(
+        '[thought]\nby 工具\n[answer]\nTwo:\n[call] calculator {"expression": "17 * 23"}\n'
+        '[call] calculator {"expression": "1/0"}\n[result] 391\n[result] error: '
+    )
+    assert printed.endswith("[answer]\n391!\n391!\n\n"), "also beside a history with calls"
+    (asked, answered, again) = requests
+    assert [tool.function.name for tool in asked.tools] == ["calculator", "clock"]
+    assert [m.role for m in answered.messages] == ["user", "assistant", "tool", "tool"]
+    assert answered.messages[1].reasoning_content == "by 工具" and answered.messages[2].text == "391"
+    assert [m.role for m in again.messages][4:] == ["assistant", "user"]
+
+
+def test_the_rounds_of_calls_are_limited(monkeypatch, server, requests, capsys):
+    script_answers(monkeypatch, lambda prompt: CALL % '{"expression": "1"}')
+    run_client(monkeypatch, server, "--tools", "calculator", "--prompt", "?")
+    assert [bool(body.tools) for body in requests] == [True] * 4 + [False]
+    assert capsys.readouterr().out.endswith("</tool_call>\n"), "without tools, the answer is text"
+
+
+def test_the_thinking_switch_is_sent(monkeypatch, server, requests, capsys):
+    script_answers(monkeypatch, lambda prompt: "silent" if prompt.endswith(THOUGHT.replace("by 工具", "")) else "loud")
+    run_client(monkeypatch, server, "--prompt", "?", "--enable_thinking", "false")
+    run_client(monkeypatch, server, "--prompt", "?")
+    assert capsys.readouterr().out == "silent\nloud\n" and [body.thinking for body in requests] == [False, None]
+
+
 def test_errors_are_one_line(monkeypatch, server):
     url = f"{server.url}/v1"
     for flags, message in (
@@ -109,6 +144,7 @@ def test_errors_are_one_line(monkeypatch, server):
         (["--base_url", server.url], "GET /models: Not Found: see --base_url, which usually ends with /v1"),
         (["--base_url", url, "--max_tokens", "0"], "argument --max_tokens: 0 is not a whole number"),
         (["--base_url", url, "--prompt", " "], "--prompt is empty"),
+        (["--base_url", url, "--tools", "python"], "--tools python: unknown tool; choose from calculator"),
         (["--base_url", url, "--prompt", "x" * 5000], "context is 4096 tokens"),
     ):
         flags = flags if "--prompt" in flags else [*flags, "--prompt", "?"]

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from model.checkpoint import save_model
 from model.completion import Completion, Sequence
 from model.config import ModelConfig
-from model.generate import generate
+from model.generate import DecodeBatch, generate
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
@@ -78,6 +78,23 @@ class SchedulerDriver:
 
     def text_of(self, request) -> str:
         return "".join(item.text for item in self.events if item.request is request)
+
+
+def script_answers(monkeypatch: Any, answer_to: Callable[[str], str]) -> None:
+    """All models generate `answer_to(the prompt as text)` and the end of the turn; its markers become added tokens."""
+    next_text, scripts = DecodeBatch._next_text, {}
+
+    def scripted(batch: DecodeBatch, rows: list[Any], logits: torch.Tensor) -> list[Any]:
+        for (sequence, _), row in zip(rows, logits, strict=True):
+            if sequence not in scripts:
+                answer = answer_to(batch.tokenizer.decode(sequence.prompt))
+                ids = batch.tokenizer.renderer.backend.encode(answer, add_special_tokens=False).ids
+                scripts[sequence] = [*ids, batch.tokenizer.end_of_turn_id]
+            row[:] = -100
+            row[scripts[sequence][len(sequence.completion.ids)]] = 100
+        return next_text(batch, rows, logits)
+
+    monkeypatch.setattr(DecodeBatch, "_next_text", scripted)
 
 
 @dataclass

@@ -4,6 +4,8 @@ Promises: no status 5xx; every status and body conforms to the description; a bo
 that it does not list get 405.
 """
 
+import re
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,8 +16,8 @@ from tests.serving.server_helpers import run_server, save_random_model
 
 @pytest.fixture(scope="module")
 def api(tokenizer, tmp_path_factory):
-    path = save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=2048)
-    with run_server([f"m={path}"], max_queue=1100, max_request_bytes=2**24) as server:
+    path = save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=16384)
+    with run_server([f"m={path}"], max_context=16384, max_queue=1100, max_request_bytes=2**24) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
@@ -25,10 +27,52 @@ def clamp_ids(prompt):
     return prompt % 256 if isinstance(prompt, (int, float)) and prompt > 255 else prompt
 
 
+def objects(value):
+    """The items of a list of objects; [] for any other value."""
+    return value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else []
+
+
+def answer_calls(messages):
+    """The messages with one result per call, directly after it, and with arguments that are JSON text of an object."""
+    answered = []
+    for message in messages:
+        if message.get("role") == "tool":  # answers no call
+            message["role"] = "user"
+        answered.append(message)
+        for i, call in enumerate(objects(message.get("tool_calls"))):
+            if isinstance(function := call.get("function"), dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = '{"a": 1}'
+            if isinstance(call.get("id"), str) and call["id"]:
+                call["id"] = str(i)
+            if message.get("role") == "assistant":
+                answered.append({"role": "tool", "tool_call_id": str(i), "content": "r"})
+    return answered
+
+
+def has_valid_name(tool):
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return isinstance(name, str) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", name)
+
+
+def choose_offered_tool(body):
+    """Give the tools different names, and choose none where the tools or other fields exclude the choice."""
+    tools, choice = objects(body.get("tools")), body.get("tool_choice")
+    for i, tool in enumerate(tools):
+        if has_valid_name(tool):
+            tool["function"]["name"] = f"{tool['function']['name'][:60]}{i}"
+    is_named = isinstance(choice, dict) and choice.get("type") == "function" and has_valid_name(choice)
+    if is_named or (choice == "required" and (not tools or body.get("add_generation_prompt") is False)):
+        body["tool_choice"] = "none"
+
+
 @schemathesis.hook
 def before_call(context, case, kwargs):
     """Use the served model's name and ids, which the schema does not contain, and short answers to save time."""
     if isinstance(case.body, dict):
+        if objects(case.body.get("messages")):
+            case.body["messages"] = answer_calls(case.body["messages"])
+        choose_offered_tool(case.body)
         if case.path.endswith("chat/completions") and not case.body.get("max_completion_tokens"):
             case.body.setdefault("max_tokens", 2)
         case.body |= {"prompt": clamp_ids(case.body["prompt"])} if "prompt" in case.body else {}

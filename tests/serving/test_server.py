@@ -160,21 +160,20 @@ def test_content_parts_and_all_roles_are_accepted(client, server):
         {"role": "developer", "content": "Be"},
         {"role": "system", "content": "kind"},
         {"role": "user", "content": "?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        {"role": "assistant", "content": None},
+        {"role": "function", "name": "f", "content": "4"},
     ]
-    entry = [("system", "Be\n\nkind"), ("user", "?"), ("assistant", ""), ("tool", "4")]
+    entry = [("system", "Be\n\nkind"), ("user", "?"), ("assistant", ""), ("function", "4")]
     expected = generate_alone(server, [{"role": role, "content": text} for role, text in entry], max_new_tokens=20)
     assert chat(client, messages).choices[0].message.content == expected.text
 
 
 def test_unknown_fields_are_ignored_and_named_in_a_header(client):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    options = {"tools": [tool], "user": "me", "extra_body": {"num_ctx": 7, "bad name\r\nx: y": 1}}
+    options = {"functions": [{"name": "f"}], "user": "me", "extra_body": {"num_ctx": 7, "bad name\r\nx: y": 1}}
     answer = client.chat.completions.with_raw_response.create(
         model="full_sft_32", messages=HELLO, temperature=0, max_tokens=20, **options
     )
-    assert answer.headers["x-ignored-fields"] == "tools, num_ctx"
+    assert answer.headers["x-ignored-fields"] == "functions, num_ctx"
     assert answer.parse().choices == chat(client).choices
 
 
