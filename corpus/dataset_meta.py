@@ -25,6 +25,7 @@ PREPARE_COMMANDS = {  # by kind of data
     "pretrain": "python data_process.py pretrain FILES…",
     "chats": "python data_process.py sft FILES…",
     "pairs": "python data_process.py dpo FILES…",
+    "prompts": "python data_process.py rl FILES…",
 }
 TOKEN_DTYPES = ("uint16", "uint32")
 CHECKSUMMED_SUFFIXES = {".bin", ".idx.npy", ".crc"}  # the files of every shard; chats also have a .mask
