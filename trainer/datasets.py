@@ -63,10 +63,12 @@ def _every_shard(shard: dict[str, Any]) -> bool:
 class TokenDataset:
     """Base of the datasets: random access by row id.
 
-    folder: the data folder. mixture: weights of a data mixture, for the lineage of the checkpoint.
+    folder: the data folder. mixture: weights of a data mixture, for the lineage of the checkpoint. group_size: number
+    of answers that are sampled to a row.
     """
 
     folder: Path
+    group_size = 1
     mixture: Mapping[str, Any] = MappingProxyType({})
 
     def __len__(self) -> int:
