@@ -9,7 +9,7 @@ import re
 from corpus.chats import Message, chat_text, is_trained, trim_unanswered
 from corpus.examples import ChatExample
 from corpus.stats import DataStats
-from model.chat_template import RenderedChat, RenderedSample
+from model.renderer import RenderedChat, RenderedSample
 from model.tokenizer import ChatTokenizer
 
 MAX_TOKEN_CHARACTERS = 256  # upper bound; the longest token of common tokenizers is 128 spaces
