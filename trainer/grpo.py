@@ -128,16 +128,16 @@ class Rollouts:
             batches.append(batch)
         return batches
 
-    @torch.no_grad()
     def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
         """Return log p of the trained tokens at the sampling temperature, (rows, seq), computed as in training.
 
-        The decoding step rounds differently; with its values the ratio of the first inner step would not be exactly 1.
+        The decoding step rounds differently, and so do the kernels of a CPU without gradients: with their values the
+        ratio of the first inner step would not be exactly 1.
         """
         batch = to_device(batch, self.dist.device)
         with self.dist.autocast():
             hidden, _ = model(batch["input_ids"], token_mask=batch["token_mask"])
-            return token_log_probs(hidden / self.config.temperature, model.lm_head.weight, batch["labels"])
+            return token_log_probs(hidden / self.config.temperature, model.lm_head.weight, batch["labels"]).detach()
 
     # ---- the log -----------------------------------------------------------------------------------------------------
     def metrics(self, groups: list[Group]) -> Metrics:
