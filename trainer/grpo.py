@@ -160,7 +160,7 @@ class Rollouts:
         if self.dist.is_rank0:
             logger.write_row({"step": step, "samples": samples})
         for sample in samples:
-            prompt, answer = (sample[name].strip()[-SHOWN_CHARACTERS:] for name in ("prompt", "answer"))
+            prompt, answer = (str(sample[name]).strip()[-SHOWN_CHARACTERS:] for name in ("prompt", "answer"))
             logger.print(f"step {step}, reward {sample['reward']:.2f}: {prompt} -> {answer}")
 
     # ---- held-out prompts --------------------------------------------------------------------------------------------

@@ -148,19 +148,10 @@ def test_entropy_and_held_out_reward_end_the_run(grpo, capsys):
 
 def test_a_loophole_is_seen_in_the_held_out_reward(grpo, capsys):
     """Long answers are rewarded, short ones are wanted: the held-out reward falls and ends the run."""
-    flags = (
-        "--reward",
-        "toy_reward:length",
-        "--val_reward",
-        "length=2",
-        "--truncated",
-        "keep",
-        "--max_reward_drop",
-        0.3,
-    )
-    folder = grpo(*flags, "--eval_interval", 2, "--max_steps", 60, "--learning_rate", "3e-2", "--group_size", 8)
+    flags = ("--reward", "toy_reward:length", "--val_reward", "length=8", "--max_reward_drop", 0.3, "--beta", 0)
+    folder = grpo(*flags, "--eval_interval", 2, "--max_steps", 20, "--learning_rate", "3e-2", "--group_size", 8)
     said = capsys.readouterr().out
-    assert "the held-out reward fell from" in said and "loophole" in said and len(steps(folder)) < 60
+    assert "the held-out reward fell from" in said and "loophole" in said and len(steps(folder)) < 20, said
 
 
 def test_lora_trains_the_adapter_alone(grpo, tokenizer, tmp_path):
@@ -331,7 +322,9 @@ def test_a_killed_run_ends_with_the_same_weights(grpo, monkeypatch, capsys, kill
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize(("mode", "changes"), [("ddp", {}), ("fsdp", {"use_moe": True, "n_routed_experts": 4, "aux_loss_coef": 0.0})])
+@pytest.mark.parametrize(
+    ("mode", "changes"), [("ddp", {}), ("fsdp", {"use_moe": True, "n_routed_experts": 4, "balance_loss_coef": 0.0})]
+)
 def test_two_processes_give_the_run_of_one(grpo, tokenizer, rl_dir, tmp_path, mode, changes):
     for name in ("one", "two"):
         save_parent(tmp_path / name, tokenizer, **changes)
