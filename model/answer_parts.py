@@ -5,7 +5,7 @@
 A thought is at the beginning of an answer; without its end it is the whole answer. A tool call that has no end, is no
 JSON object or has no name is part of the content, with its markers. Line ends around the thought, one line end before a
 call, and whitespace between calls and after the last one belong to the format, not to the content.
-Source of the format: the chat template of Qwen/Qwen3-0.6B. Read next: chat_template.py (the same format, written).
+Source of the format: the chat template of Qwen/Qwen3-0.6B. Read next: chatml.py (the same format, written).
 """
 
 import json
@@ -13,9 +13,10 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from model.chat_template import Message
+from model.chatml import CALL_END, CALL_START, THINK_END, THINK_START
 
 MAX_JSON_DEPTH = 32  # of the arguments of a call
-_MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_MARKERS = (THINK_START, THINK_END, CALL_START, CALL_END)
 _SPLIT = re.compile("(" + "|".join(_MARKERS) + ")")
 
 
@@ -136,19 +137,19 @@ class AnswerStream:
 
     def _read_start(self, part: str) -> list[AnswerDelta]:
         """Before the content, after the thought, after a call."""
-        if part == "<think>" and not self._has_thought and not self._has_call:
+        if part == THINK_START and not self._has_thought and not self._has_call:
             self._state, self._has_thought, self._held = "reasoning", True, []
             return [AnswerDelta("reasoning")]
         if self._has_thought and not self._has_call and not self._held:
             part = part.lstrip("\n")
         if part and part.strip():
-            self._state = "content" if part != "<tool_call>" else self._state
+            self._state = "content" if part != CALL_START else self._state
             return self._read_content(part)
         self._held += [part] if part else []
         return []
 
     def _read_reasoning(self, part: str) -> list[AnswerDelta]:
-        if part == "</think>":
+        if part == THINK_END:
             self._state, self._held = "start", []
             return []
         text = part.rstrip("\n") if self._has_text else part.strip("\n")
@@ -158,7 +159,7 @@ class AnswerStream:
         return deltas
 
     def _read_content(self, part: str) -> list[AnswerDelta]:
-        if part == "<tool_call>":
+        if part == CALL_START:
             self._state, self._call_start = "call", len(self._held) + 1
             self._held.append(part)
             return []
@@ -169,7 +170,7 @@ class AnswerStream:
 
     def _read_call(self, part: str) -> list[AnswerDelta]:
         self._held.append(part)
-        if part != "</tool_call>":
+        if part != CALL_END:
             return []
         call = _parse_call("".join(self._held[self._call_start : -1]))
         self._state = "start" if call else "content"

@@ -3,7 +3,7 @@
     final_answer("2 + 3 = 5. #### 5") -> "5"      after the last ####, or in the last \\boxed{}; else the whole text
 
     reference           the answer agrees if
-    a number            its last number is equal: 1,234 = 1234.0 = １２３４; without digits its last Chinese one, 四十二
+    ends with a number  its last number is equal: 1,234 = 1234.0 = １２３４; without digits its last Chinese one, 四十二
     one letter, A to Z  it names this letter last: "The answer is (B).", "选B", "B. Paris"
     another text        its last words are the reference, without case, spaces and punctuation
 
@@ -18,7 +18,7 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
 NUMBER = re.compile(rf"(?<![0-9A-Za-z)])-{_DIGITS}|{_DIGITS}")  # after a digit, a letter or ) a minus is an operator
-_ONLY_NUMBER = re.compile(rf"[^\w-]*([+-]?{_DIGITS})[^\w]*")
+_PART_OF_TERM = re.compile(r"(?:[-+*/^×÷<>_\\]\s*|[A-Za-z]|[0-9][:.,])$")  # before the 4 of 3/4, A4, 3:4
 CHINESE_NUMBER = re.compile("负?[零〇一二两三四五六七八九十百千万亿]+")
 _CHINESE_DIGITS = {digit: i for i, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -36,8 +36,8 @@ _PUNCTUATION = re.compile(r"[\s.,;:!?\"'`()\[\]{}*_$。、“”‘’《》「�
 def agrees(answer: str, reference: str) -> bool:
     """Whether the answer agrees with the reference by the rules of the module docstring. Never raises."""
     answer, reference = final_answer(to_half_width(answer)), final_answer(to_half_width(reference))
-    if number := _ONLY_NUMBER.fullmatch(reference):
-        return last_number(answer) == _decimal(number[1])
+    if (number := reference_number(reference)) is not None:
+        return last_number(answer) == number
     if letter := _ONLY_LETTER.fullmatch(reference):
         return last_letter(answer) == letter[1]
     return ends_with_words(answer, reference)
@@ -62,6 +62,14 @@ def final_answer(text: str) -> str:
     return text.strip()
 
 
+def reference_number(text: str) -> Decimal | None:
+    """The number at the end of a reference in half-width characters, as in "42", "3+4=7." and "It is 7."; else None."""
+    found = next(reversed(list(NUMBER.finditer(text))), None)
+    if not found or re.search(r"\w", text[found.end() :]) or _PART_OF_TERM.search(text[: found.start()]):
+        return None
+    return _decimal(found[0])
+
+
 def last_number(text: str) -> Decimal | None:
     """The last number of a text in half-width characters; None without one."""
     if found := NUMBER.findall(text):
@@ -82,18 +90,22 @@ def chinese_number(text: str) -> Decimal | None:
         return sign * Decimal("".join(str(_CHINESE_DIGITS[character]) for character in text))
     if len(text) > MAX_CHINESE_NUMERALS:
         return None
-    total, section, digit = 0, 0, -1  # below the last 万 or 亿: `section`, and a digit that no unit follows yet
+    total, section, unit = 0, 0, 10**4  # after the last 万 or 亿: `section`, and its last unit
+    digit = -1  # that no unit follows yet
     for character in text:
         if character in _CHINESE_DIGITS:
             if digit > 0:
                 return None
             digit = _CHINESE_DIGITS[character]
         elif character in _CHINESE_UNITS:
-            section += _CHINESE_UNITS[character] * (digit if digit > 0 else 1)
+            if _CHINESE_UNITS[character] >= unit:
+                return None
+            unit = _CHINESE_UNITS[character]
+            section += unit * (digit if digit > 0 else 1)
             digit = -1
         else:
             total = (total + section + max(digit, 0)) * _CHINESE_POWERS[character]
-            section, digit = 0, -1
+            section, unit, digit = 0, 10**4, -1
     return Decimal(sign * (total + section + max(digit, 0)))
 
 

@@ -123,8 +123,8 @@ def _load_reward(text: str, spec: str) -> WeightedReward:
 
 def _import_reward(module: str, function: str) -> RowReward:
     """The plain function `function` of a module in the current folder, as a reward of a row."""
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # the module is the user's code, which may raise anything
@@ -132,6 +132,8 @@ def _import_reward(module: str, function: str) -> RowReward:
             f"--reward {module}:{function}: cannot import {module} ({type(error).__name__}: {error}): put {module}.py "
             "into the current folder"
         ) from None
+    finally:
+        sys.path.remove(folder)
     if not callable(found):
         raise UserError(
             f"--reward {module}:{function}: {module} has no function {function}: define it or correct the name"

@@ -73,6 +73,7 @@ class TinyInputs:
             "data_process.py pretrain": ["pretrain", self.text__txt, "--tokenizer", self.tokenizer],
             "data_process.py sft": ["sft", self.chats__jsonl, "--tokenizer", self.tokenizer],
             "data_process.py dpo": ["dpo", self.pairs__jsonl, "--tokenizer", self.tokenizer],
+            "data_process.py rl": ["rl", self.chats__jsonl],
             "data_process.py clean": ["clean", self.text__txt],
             "data_process.py dedup": ["dedup", self.text__txt],
             "data_process.py decontaminate": ["decontaminate", self.text__txt, "--against", self.exam__csv],

@@ -119,17 +119,29 @@ json_values = st.recursive(
 plain_text = st.text().filter(lambda text: "<" not in text)
 
 
+def write_answer(reasoning, content, calls) -> str:
+    """An answer in the format of the module's docstring."""
+    text = "" if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n"
+    blocks = [json.dumps(call._asdict(), ensure_ascii=False) for call in calls]
+    return text + "\n".join(filter(None, [content, *(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)]))
+
+
+@pytest.fixture(scope="module")
+def render(tokenizer):
+    return lambda messages: tokenizer.decode(tokenizer.render(messages)[0])
+
+
 @given(
     st.none() | plain_text.map(lambda text: text.strip("\n")),
     plain_text.map(lambda text: text.lstrip("\n")).filter(lambda text: text.strip() or not text),
     st.lists(st.tuples(st.text(min_size=1).filter(str.strip), st.dictionaries(st.text(), json_values, max_size=3))),
 )
-def test_a_written_answer_is_read_back(reasoning, content, calls):
-    calls = [(name, arguments) for name, arguments in calls if "</tool_call>" not in json.dumps([name, arguments])]
-    text = "" if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n"
-    blocks = [json.dumps({"name": name, "arguments": a}, ensure_ascii=False) for name, a in calls]
-    text += "\n".join(filter(None, [content, *(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)]))
-    assert parse_answer(text) == (reasoning, content, [ToolCall(name, arguments) for name, arguments in calls])
+def test_a_written_answer_is_read_back_and_rendered_as_it_was(render, reasoning, content, calls):
+    calls = [ToolCall(*call) for call in calls if "</tool_call>" not in json.dumps(call)]
+    text = write_answer(reasoning, content, calls)
+    assert parse_answer(text) == (reasoning, content, calls)
+    rendered = render([{"role": "user", "content": "?"}, answer_message(text)])
+    assert rendered.endswith(f"assistant\n{text}<|im_end|>\n")
 
 
 def test_the_message_of_an_answer_has_only_the_keys_it_needs():
