@@ -310,7 +310,7 @@ def test_tool_flags_are_checked_before_the_model_is_opened(out, monkeypatch, tmp
         (["--lookup_file", "x"], "--lookup_file needs --tools lookup"),
         (["--tools", "clock", "--report"], "--tools cannot be combined with --report"),
         (["--enable_thinking", "maybe"], "--enable_thinking: maybe: give true or false"),
-        (["--max_tool_calls", "-1"], "--max_tool_calls: -1 is not a whole number of at least 0"),
+        (["--max_tool_calls", "-1"], "--max_tool_calls: -1 is not a whole number of at least 1"),
     ):
         with one_line_error(*parts):
             run_script(monkeypatch, "2-eval.py", "--out_dir", tmp_path / "no models", "--prompt", "?", *flags)
