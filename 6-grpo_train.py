@@ -1,10 +1,10 @@
 """Lesson 6: reinforcement learning with rewards that a program computes (GRPO; Shao et al. 2024, arXiv:2402.03300).
 
-    advantage = (r - mean r) / std r                             over the G answers to one prompt
-    ratio     = pi(token) / pi_old(token)                        1 at the first optimizer step after sampling
-    loss      = - min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) + beta * KL(pi || pi_ref)
+    advantage = (r - mean r) / std r              over the rewards of the G answers to one prompt
+    ratio     = pi(token) / pi_old(token)         pi_old sampled the answers: 1 at the first of --inner_steps
+    loss      = - min(ratio * advantage, clip(ratio) * advantage) + kl_coef * KL(pi || pi_ref)
 
-    --loss grpo      mean over the tokens of an answer, then over answers
+    --loss grpo      clip(ratio) to 1 - clip_low … 1 + clip_high; mean over tokens, then over answers
     --loss dr_grpo   no std; sum over tokens / max_new_tokens, so that long answers count fully   (arXiv:2503.20783)
     --loss dapo      mean over all tokens of the step; clip_high above clip_low keeps exploring     (arXiv:2503.14476)
     --loss cispo     - clip(ratio).detach() * advantage * log pi: clipped tokens keep a gradient    (arXiv:2506.13585)
@@ -23,11 +23,11 @@ import common  # isort: skip  # noqa: F401  before torch: it sets the log level 
 import functools
 
 import torch
-from evaluation.tools import find_tools, run_tool
 
 from common.cli import parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
+from evaluation.tools import find_tools, run_tool
 from export.hf_import import open_folder, open_model
 from model.checkpoint import find_parent, record_parent
 from model.lora import LoRAConfig, attach
@@ -77,13 +77,13 @@ def compute_loss(model, batch, config):
     kl = log_ratio.exp() - 1 - log_ratio  # the estimator "k3", http://joschu.net/blog/kl-approx.html
     loss, is_clipped = policy_loss(log_probs, batch.get("old", log_probs.detach()), batch["advantages"], config)
     is_trained = batch["labels"] != IGNORE_INDEX
-    total = ((loss + config.beta * kl) * is_trained * batch["weights"]).sum()
+    total = ((loss + config.kl_coef * kl) * is_trained * batch["weights"]).sum()
     aux_loss = aux_loss * batch["num_targets"]
     return total + aux_loss, {"aux_loss": aux_loss} | grpo.policy_metrics(log_probs, batch, kl, is_clipped)
 
 
 @with_run_lock
-def train(config, stage, dist, rollouts):
+def train_on_rewards(config, stage, dist, rollouts):
     with Run(config, stage, dist, rollouts.validate) as run:
         if stage.validation and not run.state.step:
             run.logger.log_validation(rollouts.validate(run.engine, run.state, config.eval_tokens))
@@ -120,7 +120,7 @@ def main() -> None:
         stage.early_stop = grpo.collapse_stop(config)
         if config.lora_rank:
             record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
-        train(config, stage, dist, grpo.Rollouts(config, stage, dist, reference, tools))
+        train_on_rewards(config, stage, dist, grpo.Rollouts(config, stage, dist, reference, tools))
 
 
 if __name__ == "__main__":

@@ -233,14 +233,14 @@ def collapse_stop(config: GRPOConfig) -> Callable[[MetricRow], str]:
             return (
                 f"the entropy of the answers fell to {row['entropy']:.4f} nats per token (--min_entropy "
                 f"{config.min_entropy:g}), {row['no_signal']:.0%} of the groups agree: nothing is left to learn from "
-                "them; if the reward is low, try a lower --learning_rate or a higher --beta or --temperature"
+                "them; if the reward is low, try a lower --learning_rate or a higher --kl_coef or --temperature"
             )
         best, now = row.get("val_best_reward", 0.0), row.get("val_mean_reward", 0.0)
         if config.max_reward_drop and best - now > config.max_reward_drop * abs(best):
             return (
                 f"the held-out reward fell from {best:.3f} to {now:.3f} (--max_reward_drop "
                 f"{config.max_reward_drop:g}), that of training is {row['reward']:.3f}: look at the samples in the log "
-                "for a loophole in --reward; try a lower --learning_rate or a higher --beta"
+                "for a loophole in --reward; try a lower --learning_rate or a higher --kl_coef"
             )
         return ""
 

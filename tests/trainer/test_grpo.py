@@ -118,7 +118,7 @@ def test_the_reward_rises_and_is_logged(curves, grpo, monkeypatch, capsys):
 
 
 def test_groups_that_agree_give_no_gradient(grpo):
-    rows = steps(grpo("--reward", "length=100000", "--beta", 0, "--max_steps", 2, "--loss", "dapo"))
+    rows = steps(grpo("--reward", "length=100000", "--kl_coef", 0, "--max_steps", 2, "--loss", "dapo"))
     assert all(row["no_signal"] == 1 and row["grad_norm"] == 0 and row["reward"] == 1 for row in rows)
 
 
@@ -132,7 +132,7 @@ def test_a_reward_that_fails_names_the_row_and_counts_zero(grpo, capsys):
 
 def test_truncated_answers(grpo):
     """Untrained answers are cut at 3 tokens: their reward is 0, or they are not trained, or they count as others."""
-    flags = ("--reward", "length=100000", "--max_new_tokens", 2, "--max_steps", 1, "--beta", 0)
+    flags = ("--reward", "length=100000", "--max_new_tokens", 2, "--max_steps", 1, "--kl_coef", 0)
     zero, mask, keep = (steps(grpo(*flags, "--truncated", how, out=how))[0] for how in ("zero", "mask", "keep"))
     assert zero["truncated"] == mask["truncated"] > 0.9 and zero["reward"] == pytest.approx(1 - zero["truncated"])
     assert mask["reward"] == keep["reward"] == 1
@@ -148,7 +148,7 @@ def test_entropy_and_held_out_reward_end_the_run(grpo, capsys):
 
 def test_a_loophole_is_seen_in_the_held_out_reward(grpo, capsys):
     """Long answers are rewarded, short ones are wanted: the held-out reward falls and ends the run."""
-    flags = ("--reward", "toy_reward:length", "--val_reward", "length=8", "--max_reward_drop", 0.3, "--beta", 0)
+    flags = ("--reward", "toy_reward:length", "--val_reward", "length=8", "--max_reward_drop", 0.3, "--kl_coef", 0)
     folder = grpo(*flags, "--eval_interval", 2, "--max_steps", 20, "--learning_rate", "3e-2", "--group_size", 8)
     said = capsys.readouterr().out
     assert "the held-out reward fell from" in said and "loophole" in said and len(steps(folder)) < 20, said
@@ -170,8 +170,8 @@ def test_flags_that_do_not_fit_are_errors(grpo, tokenizer, rl_dir):
         (("--parallel", "zero2"), "ddp and fsdp, not with ZeRO"),
         (("--max_new_tokens", 60), "no prompt that leaves 60 of 64 tokens"),
         (("--tools", "hammer"), "--tools hammer: unknown tool"),
-        (("--group_size", 1), "1 is not a whole number of at least 2"),
-        (("--temperature", 0), "0 is not a number above 0"),
+        (("--group_size", 1), "1 is not a whole number from 2 to 4096"),
+        (("--temperature", 0), "all answers of a group would be equal"),
     ):
         with pytest.raises(UserError, match=message):
             grpo(*flags)

@@ -177,7 +177,7 @@ def trl_trainer(config, policy, groups, tokenizer_dir, tmp_path):
 def test_advantages_losses_and_gradients_equal_trl(models, tokenizer, tokenizer_dir, tmp_path, loss, truncated):
     policy, sampler, parent = models
     config = GRPOConfig(
-        loss=loss, beta=0.05, truncated=truncated, temperature=0.8, clip_high=0.1, clip_low=0.1, **SETTINGS
+        loss=loss, kl_coef=0.05, truncated=truncated, temperature=0.8, clip_high=0.1, clip_low=0.1, **SETTINGS
     )
     groups = random_groups(tokenizer.stop_ids[0])
     rollouts = make_rollouts(config, sampler, parent, tokenizer)
@@ -193,7 +193,7 @@ def test_advantages_losses_and_gradients_equal_trl(models, tokenizer, tokenizer_
             start = inputs["prompt_mask"][row].sum() - 1  # labels are shifted by one
             length = inputs["completion_mask"][row].sum()
             inputs[name][row, :length] = values[i, start : start + length]
-    trainer.beta = config.beta  # above it would make trl load a reference model
+    trainer.beta = config.kl_coef  # above it would make trl load a reference model
     theirs = trainer._compute_loss(trainer.model.train(), inputs)
     theirs.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -249,7 +249,7 @@ def test_the_first_ratio_is_exactly_one(tokenizer, monkeypatch, changes):
 def test_a_group_that_agrees_gives_no_gradient(models, tokenizer, loss):
     """Not even with other probabilities than those of sampling."""
     policy, sampler, parent = models
-    config = GRPOConfig(loss=loss, beta=0.0, **SETTINGS)
+    config = GRPOConfig(loss=loss, kl_coef=0.0, **SETTINGS)
     groups = random_groups(tokenizer.stop_ids[0])[1:2]
     batches, _ = our_batches(config, make_rollouts(config, sampler, parent, tokenizer), groups)
     policy.zero_grad()
@@ -261,7 +261,7 @@ def test_micro_batches_add_up_to_the_whole_step(models, tokenizer):
     policy, sampler, parent = models
     found = []
     for size in (12, 5):
-        config = GRPOConfig(loss="dapo", beta=0.1, **{**SETTINGS, "batch_size": size})
+        config = GRPOConfig(loss="dapo", kl_coef=0.1, **{**SETTINGS, "batch_size": size})
         batches, _ = our_batches(
             config, make_rollouts(config, sampler, parent, tokenizer), random_groups(tokenizer.stop_ids[0])
         )
