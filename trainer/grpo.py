@@ -9,7 +9,6 @@ run samples the same answers again.
 Read next: ../6-grpo_train.py (the loss and the loop), rollout.py (sampling), rewards.py.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +48,11 @@ class Rollouts:
     ) -> None:  # fmt: skip
         self.config, self.stage, self.dist, self.tools = config, stage, dist, tools
         self.reference = reference.to(dist.device).eval().requires_grad_(False)
+        dropped = sum(data.num_dropped for data in (stage.data, *stage.validation.values()))  # type: ignore[attr-defined]
+        if dropped:
+            dist.print0(
+                f"{dropped} prompts are left out: with --max_new_tokens {config.max_new_tokens} they are too long"
+            )
         self.rewards = load_rewards(config.reward)
         self.val_rewards = load_rewards(config.val_reward) if config.val_reward else self.rewards
 
@@ -101,8 +105,9 @@ class Rollouts:
     ) -> list[Batch]:  # fmt: skip
         """Return the micro-batches of this process. advantages, lengths, weights: of every answer, (answers,).
 
-        A batch also holds advantages and weights (rows, 1), log p of its tokens under the parent ("reference") and, if
-        there are several inner steps, under the model that sampled them ("old"), each (rows, seq).
+        A batch also holds advantages (rows, 1), weights, 0 where nothing is trained, log p of its tokens under the
+        parent ("reference") and, if there are several inner steps, under the model that sampled them ("old"), each
+        (rows, seq).
         """
         answers = [answer for group in groups for answer in group.answers]
         rows = [np.array(answer.prompt + answer.ids) for answer in answers]
@@ -122,6 +127,7 @@ class Rollouts:
             batch = ChatDataset.collate(chats, self.stage.tokenizer.pad_id, max_len, part)
             batch |= {"advantages": advantages[index, None].float(), "weights": weights[index, None].float()}
             batch |= {"num_targets": len(part), "mean_length": mean_length}
+            batch["weights"] = batch["weights"] * (batch["labels"] != IGNORE_INDEX)
             batch["reference"] = self.log_probs(self.reference, batch)
             if self.config.inner_steps > 1:
                 batch["old"] = self.log_probs(self.stage.model, batch)
@@ -245,8 +251,3 @@ def collapse_stop(config: GRPOConfig) -> Callable[[MetricRow], str]:
         return ""
 
     return early_stop
-
-
-def frozen_copy(model: Transformer) -> Transformer:
-    """Return the reference model: a copy of the parent before it is trained or gets an adapter."""
-    return copy.deepcopy(model)

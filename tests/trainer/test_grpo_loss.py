@@ -126,7 +126,8 @@ def random_groups(stop_id):
 
 
 def make_rollouts(config, model, reference, tokenizer):
-    stage = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    data = types.SimpleNamespace(num_dropped=0)
+    stage = types.SimpleNamespace(model=model, tokenizer=tokenizer, data=data, validation={})
     return Rollouts(config, stage, DIST, reference, Tools())
 
 
