@@ -16,6 +16,8 @@ import data_process
 from common.errors import UserError
 from corpus.prompt_data import PromptRow
 from evaluation.tools import find_tools, run_tool
+from export.model_card import training_section
+from export.model_facts import model_facts
 from model.answer_parts import answer_message
 from model.checkpoint import save_model
 from model.config import ModelConfig
@@ -356,3 +358,11 @@ def test_two_processes_give_the_run_of_one(grpo, tokenizer, rl_dir, tmp_path, mo
     ours, others = (load_weights(folder / f"{name}.pth") for folder in (one, tmp_path / "two"))
     for key in ours:
         torch.testing.assert_close(ours[key], others[key], rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_card_names_the_stage_and_its_figures(grpo):
+    path = grpo("--max_steps", 2) / "grpo_32.pth"
+    facts = model_facts(path)
+    assert facts["stage"] == "grpo" and facts["languages"] == ["zh", "en"]
+    row = training_section(facts).splitlines()[-3]
+    assert "rewards that a program computes" in row and "32 answers" in row and "% right" in row
