@@ -118,8 +118,8 @@ def training_section(facts: Facts) -> str:
         return "No training record is available.\n"
     headers = ("stage", "what", "data", "trained on", "minutes", "last loss", "held-out")
     return markdown_table(headers, rows) + (
-        "\nLosses are in nats per trained token (preference training: per pair; with rewards: per answer). Bits per byte "
-        "can be compared across tokenizers; lower is better.\n"
+        "\nLosses are in nats per trained token (preference training: per pair; with rewards: per answer). Bits per "
+        "byte can be compared across tokenizers; lower is better.\n"
     )
 
 
