@@ -165,7 +165,7 @@ def test_common_is_imported_before_torch(name):
     assert run_process(sys.executable, "-c", run).stdout == "ERROR\n"
 
 
-@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py", "6-grpo_train.py"])
+@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
 def test_shared_flags_are_frozen(monkeypatch, capsys, name):
     """Flags that the documentation names, hidden spellings, and both spellings of the flag that deepspeed adds."""
     text = run_here(monkeypatch, capsys, name, "--help").stdout
