@@ -17,6 +17,7 @@ from evaluation.chat_model import ChatModel
 from evaluation.tools import Tool, run_tool
 from model.answer_parts import AnswerDelta, AnswerStream, ToolCall, answer_message
 from model.chat_template import Message
+from model.chatml import THINK_START
 from model.completion import Completion
 from model.sampling import SamplingParams
 
@@ -69,6 +70,7 @@ class Reply:
 
     `has_parts`: whether thoughts and calls are read in its answers (ChatModel.has_answer_parts).
     `completions`: one per answer; the last one may still be running. `prompt_tokens`: of the first prompt.
+    `opening`: the beginning of a thought at the end of the last prompt, which some imported templates write.
     """
 
     options: ToolOptions = NO_TOOLS
@@ -76,6 +78,7 @@ class Reply:
     messages: list[Message] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     prompt_tokens: int = 0
+    opening: str = ""
     num_calls: int = 0
     finish_reason: str = ""  # that of the last completion, or tool_calls: more of them than allowed; "" while it runs
 
@@ -93,13 +96,15 @@ class Reply:
         messages = [*messages, *self.messages]
         prompt = chat_model.prompt_ids(messages, max_new_tokens, self.options.enable_thinking)
         self.prompt_tokens = self.prompt_tokens or len(prompt)
+        is_open = self.has_parts and chat_model.tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK_START)
+        self.opening = THINK_START if is_open else ""
         return prompt
 
     def add_answer(self, completion: Completion) -> list[str]:
         """Add a completed answer, run its calls, add their results and return them."""
         message: Message = {"role": "assistant", "content": completion.text}
         if self.has_parts:
-            message = answer_message(completion.text)
+            message = answer_message(self.opening + completion.text)
             if self.options.enable_thinking is False:
                 message.setdefault("reasoning_content", "")  # the empty thought at the end of the prompt
         self.messages.append(message)
@@ -134,7 +139,7 @@ def stream_reply(
 ) -> Iterator[ReplyPart]:
     """Return an iterator over the parts of the reply to `messages`, which fills `reply`; any thread may advance it.
 
-    Raises ValueError for a prompt that is empty or too long: the first at the call, later ones where they are read.
+    Raises ValueError, at the call, for a prompt that is empty or too long; results that do not fit end the reply.
     """
     messages = reply.options.add_tools(messages)
 
@@ -176,6 +181,7 @@ def _stream_parts(
     """Read answers until the reply has ended. Each piece gives a part, possibly "": the reader may stop at any."""
     while True:
         stream = AnswerStream()
+        stream.push(reply.opening)
         for piece in pieces:
             deltas = stream.push(piece) if reply.has_parts else [AnswerDelta("content", piece)]
             yield from map(_reply_part, deltas or [AnswerDelta("content")])

@@ -142,7 +142,10 @@ class JinjaTemplate:
 
 def _missing_part(messages: list[Message], text: str) -> str:
     """Which of tools, calls and results the rendered chat lacks, or ""."""
-    is_missing = lambda part: part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text
+
+    def is_missing(part: str) -> bool:
+        return part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text
+
     for message in messages:
         if any(is_missing(tool["function"]["name"]) for tool in message.get("tools") or ()):
             return "the tools"

@@ -7,6 +7,7 @@ same samples when it is read as that of an imported model.
 
 import hashlib
 import json
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
+from export.gguf_tokenizer import write_byte_level_bpe
 from model.chatml import CHATML_TEMPLATE, EMPTY_THOUGHT, answer_text
+from model.config import ModelConfig
 from model.generate import fit_chat
 from model.tokenizer import CHAT_MARKERS, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from model.tokenizer_files import tokenizer_files
@@ -207,6 +210,22 @@ def tokenizer_pairs(tmp_path_factory):
         folder = tmp_path_factory.mktemp(algorithm)
         pairs.append((save_tokenizer(backend, folder), AutoTokenizer.from_pretrained(folder)))
     return pairs
+
+
+def test_programs_find_the_markers_in_the_decoded_text(tokenizer_pairs):
+    """transformers keeps them where it removes special tokens; llama.cpp gets them as user-defined tokens."""
+    import gguf
+
+    for ours, theirs in tokenizer_pairs:
+        ids, mask = ours.render(CALLS)
+        answers = [i for i, m in zip(ids, mask, strict=True) if m]
+        shown = theirs.decode(answers, skip_special_tokens=True)
+        assert shown == "".join(answer_text(CALLS[i]) for i in (2, 5))
+    writer = MagicMock()
+    write_byte_level_bpe(gguf, writer, tokenizer_pairs[0][0], ModelConfig(vocab_size=800))
+    (types,) = writer.add_token_types.call_args[0]
+    control, own = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+    assert types[:16] == [control] * 4 + [own] * 6 + [control] * 6 and own not in types[16:]
 
 
 MARKERS = [*CHAT_MARKERS, "<|im_end|>", "<|im_start|>", "<|spare_7|>"]
