@@ -38,6 +38,8 @@ def questions(tmp_path):
         ({"question": "1+1?", "answer": "2"}, ([user("1+1?")], "2")),
         ({"question": "1+1?", "answer": 2}, ([user("1+1?")], "2")),
         ({"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, ([user("1+1?")], "1+1=<<1+1=2>>2\n#### 2")),
+        ({"prompt": [user("1+1?")], "reward_model": {"style": "rule", "ground_truth": "2"}}, ([user("1+1?")], "2")),
+        ({"prompt": "1+1?", "ground_truth": 2}, ([user("1+1?")], "2")),
         ({"题目": "1+1？", "答案": "2"}, ([user("1+1？")], "2")),
         ({"instruction": "Add.", "input": "1+1", "output": "2"}, ([user("Add.\n1+1")], "2")),
         ({"prompt": [{"role": "system", "content": "Be brief."}, user("1+1?")], "answer": "2"},

@@ -87,6 +87,16 @@ def test_a_thought_is_not_part_of_the_answer():
     assert exact_reward(row, f"{call('calculator', expression='42')}\n") == 0, "a call is no answer"
 
 
+def test_a_thought_after_a_result_is_not_part_of_the_answer_either():
+    """A rollout with a tool has several turns: call, result (not part of the text), answer."""
+    turns = "<think>\nuse it\n</think>\n\n" + call("calculator", expression="40+2")
+    rewards = load_rewards("exact,format,tool")
+    for end, exact, closed in (("It is 42.", 1, 1), ("<think>\nIt is 41.\n</think>\n\n42", 1, 1),
+                               ("<think>\nIt is 42.\n</think>\n\n41", 0, 1), ("<think>\nIt is 42.", 0, 0)):  # fmt: skip
+        parts = score(rewards, TOOL_ROW, turns + end).parts
+        assert parts == {"exact": exact, "format": closed, "tool": 1}, end
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
