@@ -26,16 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3415
+READING_PATH_LINES = 3438
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
-    "1-pretrain.py": Size(53, 8751, 84),
-    "2-eval.py": Size(73, 11124, 93),
-    "3-full_sft.py": Size(54, 8594, 80),
-    "4-lora_sft.py": Size(55, 8742, 80),
-    "5-dpo_train.py": Size(63, 10076, 97),
-    "6-grpo_train.py": Size(81, 13330, 122),
+    "1-pretrain.py": Size(56, 9240, 86),
+    "2-eval.py": Size(82, 12788, 105),
+    "3-full_sft.py": Size(57, 9083, 82),
+    "4-lora_sft.py": Size(58, 9231, 82),
+    "5-dpo_train.py": Size(66, 10579, 99),
+    "6-grpo_train.py": Size(81, 13355, 122),
 }
 
 # Public names that several files define, and why.
@@ -45,7 +45,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 18486, "applications": 14337}
+PART_LINES = {"core": 20868, "applications": 15672}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {
