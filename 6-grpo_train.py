@@ -103,7 +103,7 @@ def main() -> None:
     if config.lora_rank:
         attach(model, LoRAConfig(config.lora_rank, 2.0 * config.lora_rank), config.seed)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
-        known = find_tools(config.tools) if config.tools else []
+        known = find_tools(config.tools, config.lookup_file) if config.tools else []
         schemas, rounds = [tool.schema for tool in known], config.max_tool_calls * bool(known)
         tools = Tools(schemas, functools.partial(run_tool, tools=known), rounds)
         prompts = open_prompts(config, tokenizer, tools, model.config.max_seq_len)

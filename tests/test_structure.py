@@ -35,7 +35,7 @@ BUDGET = {
     "3-full_sft.py": Size(57, 9083, 82),
     "4-lora_sft.py": Size(58, 9231, 82),
     "5-dpo_train.py": Size(66, 10579, 99),
-    "6-grpo_train.py": Size(81, 13355, 122),
+    "6-grpo_train.py": Size(81, 13356, 122),
 }
 
 # Public names that several files define, and why.
@@ -45,7 +45,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 20868, "applications": 15672}
+PART_LINES = {"core": 20869, "applications": 15672}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {

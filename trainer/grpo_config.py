@@ -15,6 +15,7 @@ from common.flag_types import (
     non_empty_text,
     non_negative_float,
     non_negative_int,
+    path_string,
     positive_float,
     positive_fraction,
     positive_int,
@@ -40,10 +41,9 @@ _rewards = functools.partial(flag, group="rewards and early stop")
 class GRPOConfig(TrainConfig):
     """Settings of lesson 6."""
 
-    learning_rates: ClassVar = {"muon": 2e-4, "adamw": 1e-4}
+    learning_rates: ClassVar = {"muon": 5e-4, "adamw": 2e-4}  # LOG.md has the rewards by learning rate
     data_path: str = "dataset/rl"
     batch_size: int = 32
-    optimizer: str = "adamw"
     weight_decay: float = 0.0
     max_loss_ratio: float = 0.0  # the loss is near 0 and says nothing about the answers: see --min_entropy
     global_batch_size: int = flag(0, "prompts_per_step x group_size", type=non_negative_int, hidden=True)
@@ -73,6 +73,7 @@ class GRPOConfig(TrainConfig):
         choices=("zero", "mask", "keep"),
     )  # fmt: skip
     tools: str = _rollouts("", "tools that answers may call, as calculator,clock", type=non_empty_text)
+    lookup_file: str = _rollouts("", "jsonl file of facts for the tool lookup", type=path_string)
     max_tool_calls: int = _rollouts(2, "rounds of tool calls per answer", type=positive_int)
     sample_interval: int = _rollouts(20, "steps between two answers in the log and on the screen", type=positive_int)
 
