@@ -134,7 +134,7 @@ def test_a_penalty_window_counts_the_last_tokens_of_the_answer(model, tokenizer)
 def test_logprobs_are_those_of_the_model_before_penalties(model, tokenizer):
     options = {"temperature": 1.3, "top_k": 3, "repetition_penalty": 1.4, "seed": 1, "max_new_tokens": 12}
     (answer,) = generate(model, [PROMPTS[0]], SamplingParams(logprobs=4, **options), tokenizer)
-    banned = [1, *range(3, 16)]
+    banned = sorted(tokenizer.special_ids - set(tokenizer.stop_ids))
     for i, entry in enumerate(answer.logprobs):
         logits = model.logits(torch.tensor([PROMPTS[0] + answer.ids[:i]]))[0, -1]
         logits[banned] = -math.inf
