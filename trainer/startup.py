@@ -54,7 +54,7 @@ def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_
         dist.print0(f"data: {provenance}")
     lengths = stage.data.lengths()
     mean_length = model_config.max_seq_len if lengths is None else float(lengths.mean())
-    rows = {"token": "rows", "answer": "prompts"}.get(stage.loss_unit, f"{stage.loss_unit}s")
+    rows = {"pair": "pairs", "answer": "prompts"}.get(stage.loss_unit, "rows")
     sequences = sampler.global_batch_size * stage.data.group_size
     minutes = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
     dist.print0(
