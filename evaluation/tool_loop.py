@@ -35,15 +35,21 @@ class ToolOptions:
     lookup_file: str = ""
 
     def check(self, chat_model: ChatModel) -> None:
-        """Raises UserError if there are tools and the model's chat format has none."""
+        """Raises UserError if there are tools, and the model's chat format has none or its context is too short."""
         if not self.tools:
             return
         if not chat_model.is_chat_model:
             raise UserError(f"{chat_model.path} cannot call tools: it continues a text; use a model of a chat stage")
         try:
-            chat_model.tokenizer.render(self.add_tools([{"role": "user", "content": "?"}]), True)
+            prompt, _ = chat_model.tokenizer.render(self.add_tools([{"role": "user", "content": "?"}]), True)
         except UserError as error:
             raise UserError(f"{chat_model.path} cannot call tools: {error}") from None
+        limit = chat_model.model.config.max_seq_len
+        if len(prompt) >= limit:
+            raise UserError(
+                f"{chat_model.path} reads {limit} tokens, and the shortest question with these tools has {len(prompt)}: "
+                "offer fewer tools, or train a model with a longer --max_seq_len"
+            )
 
     def add_tools(self, messages: list[Message]) -> list[Message]:
         """The chat with the tools in its system message."""

@@ -218,6 +218,12 @@ def test_formats_without_tools_are_refused_and_their_answers_are_plain_text(toke
     assert reply.messages == [{"role": "assistant", "content": text}]
 
 
+def test_tools_that_fill_the_context_are_refused_before_the_first_question(tokenizer, tmp_path):
+    path = save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["x"], max_seq_len=100)
+    with one_line_error(path, "reads 100 tokens, and the shortest question with these tools has ", "offer fewer tools"):
+        CALCULATOR.check(open_chat_model(path, "cpu"))
+
+
 def test_a_pretrained_model_has_no_tools(tokenizer, tmp_path):
     path = save_scripted_model(tmp_path / "pretrain_64.pth", tokenizer, ["x"], "pretrain")
     with one_line_error(path, "cannot call tools: it continues a text"):
