@@ -47,8 +47,8 @@ class ToolOptions:
         limit = chat_model.model.config.max_seq_len
         if len(prompt) >= limit:
             raise UserError(
-                f"{chat_model.path} reads {limit} tokens, and the shortest question with these tools has {len(prompt)}: "
-                "offer fewer tools, or train a model with a longer --max_seq_len"
+                f"{chat_model.path} reads {limit} tokens, and the shortest question with these tools has {len(prompt)}"
+                ": offer fewer tools, or train a model with a longer --max_seq_len"
             )
 
     def add_tools(self, messages: list[Message]) -> list[Message]:
