@@ -11,7 +11,6 @@ import itertools
 from typing import Any
 
 from corpus.chats import (
-    TOOLS_UNSUPPORTED,
     Message,
     RowNotes,
     find_content_key,
@@ -27,6 +26,7 @@ from corpus.layouts import COMPARISON_KEYS, RANKING_KEYS, UNORDERED_ANSWER_KEYS
 from corpus.row_keys import FieldKeys
 from corpus.serialized_chats import is_serialized_messages, is_tool_call, parse_marked_text
 from corpus.stats import BadRow, DroppedRow
+from corpus.tool_turns import parse_calls
 
 PAIR_SIDES = ("chosen", "rejected")
 NO_PAIR_KEYS = "none of the keys of a pair"
@@ -36,7 +36,7 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
     """Parses `given`, the value under `key`, into assistant messages.
 
     Of several texts under the key `answers` the first is used, and the change is noted. Raises DroppedRow for an empty
-    answer or a tool call, BadRow for an unusable value.
+    answer, BadRow for an unusable value.
     """
     if isinstance(given, str) and not given.lstrip().startswith("[{"):
         return [make_message("assistant", require_text(given, key))]
@@ -47,7 +47,7 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
     if not is_filled(value):
         raise DroppedRow("an empty answer")
     if is_tool_call(value):
-        raise DroppedRow(f"{TOOLS_UNSUPPORTED} ({key})")
+        return [make_message("assistant", "") | {"tool_calls": parse_calls(value)}]
     if isinstance(value, (list, tuple, dict)) or is_serialized_messages(value):
         if is_text_list(value) or (not isinstance(value, str) and is_ranked_list(value)):
             raise BadRow(f"several answers in {key}: data_process.py dpo reads ranked ones")
@@ -122,7 +122,7 @@ def side_conversation(side: str, value: Any, prompt: list[Message], notes: RowNo
         messages = parse_messages(value, notes)
     if messages[-1]["role"] != "assistant":
         raise DroppedRow("the last message is not an answer")
-    if is_blank(messages[-1]["content"]):
+    if is_blank(messages[-1]["content"]) and not messages[-1].get("tool_calls"):
         raise DroppedRow(f"an empty answer ({side})")
     if messages[0]["role"] == "assistant":
         if not prompt:

@@ -2,16 +2,16 @@
 
     parse_messages(value)    parses a list of messages, strings, {human, assistant} objects or [question, answer] pairs,
                              the same list written as JSON or Python text, or text with Human: and Assistant: markers
-    apply_turn_rules(...)    makes roles alternate: system first, then user and assistant (layouts.TURN_RULES)
-    trim_unanswered(...)     removes the messages after the last answer
 
-A message has the keys role and content, and `"weight": 0` if the row excludes it from training. Lists written as text
-are parsed and never evaluated, so a data file cannot run code.
+A message has the keys role and content, and `"weight": 0` if the row excludes it from training. An answer may have
+reasoning_content and tool_calls, a system message tools (model/chat_template.py). Lists written as text are parsed and
+never evaluated, so a data file cannot run code.
 
-Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_chats.py (chats -> tokens).
+Read next: layouts.py (keys and roles), turn_rules.py (order of the roles), row_text.py (rows -> chats).
 """
 
 import itertools
+import json
 import re
 from typing import Any
 
@@ -28,15 +28,12 @@ from corpus.layouts import (
 )
 from corpus.serialized_chats import make_message, parse_literal, parse_marked_text, parse_serialized_list
 from corpus.stats import BadRow, DroppedRow
+from corpus.tool_turns import THOUGHT, parse_calls, parse_tools, result_text
 from model.chat_template import Message
 
-WITHOUT_OPENING = "without the assistant's opening message"
-JOINED_ROLES = "with consecutive messages of one role joined"
-CUT_AT_EMPTY = "cut before an empty message"
 TEXT_PART_TYPES = ("text", "input_text", "output_text")  # text types of OpenAI's content parts
-TOOLS_UNSUPPORTED = "tool turns are not trained yet"
 
-_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, *TRAINING_FLAG_KEYS, "recipient", "end_turn"))
+_READ_KEYS = frozenset((*ROLE_KEYS, *TRAINING_FLAG_KEYS, "recipient", "end_turn", "tool_call_id"))
 _TURN_ROLES = {
     **dict.fromkeys((*FIELD_KEYS["prompt"], *FIELD_KEYS["context"]), "user"),
     **dict.fromkeys(FIELD_KEYS["answer"], "assistant"),
@@ -54,17 +51,17 @@ class RowNotes:
         self.unused: dict[str, None] = {}
 
 
-def trim_unanswered(messages: list[Message]) -> list[Message]:
-    """Returns the messages up to the last answer; [] if there is no answer."""
-    if messages and messages[-1]["role"] == "assistant":
-        return messages
-    end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    return messages[:end]
-
-
 def chat_text(messages: list[Message]) -> str:
-    """Joins the message contents without role markers, for language detection, deduplication and pretraining."""
-    return "\n".join(message["content"] for message in messages)
+    """Joins the messages without role markers, for language detection, deduplication and pretraining."""
+    return "\n".join(map(message_text, messages))
+
+
+def message_text(message: Message) -> str:
+    """The thought, content and calls of a message. Tools are left out: they repeat in every chat of a dataset."""
+    if len(message) == 2:
+        return message["content"]
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return "\n".join(filter(None, (message.get("reasoning_content"), message["content"], calls)))
 
 
 def is_trained(message: Message) -> bool:
@@ -91,7 +88,7 @@ def is_zero_weight(value: Any) -> bool:
 
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
 def parse_messages(value: Any, notes: RowNotes, name: str = "the list of messages") -> list[Message]:
-    """Parses `value` into messages with unchecked content. Raises BadRow, or DroppedRow for tool turns."""
+    """Parses `value` into messages with unchecked content. Raises BadRow or DroppedRow."""
     if isinstance(value, str):
         marked = parse_marked_text(value)
         if marked:
@@ -123,7 +120,7 @@ def _simple_message(turn: Any) -> Message | None:
         return None
     name, content = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
-    if not role or role == "tool" or not isinstance(content, str) or content.startswith("[{"):
+    if not role or role in ("tool", "call") or not isinstance(content, str) or content.startswith("[{"):
         return None
     return {"role": role, "content": content}
 
@@ -146,7 +143,7 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         role = ROLE_NAMES.get(turn[0].strip().lower()) if isinstance(turn[0], str) else None
         if role:
-            return [make_message(role, _message_text(turn[1]))]
+            return [_parse_message({"role": turn[0], "content": turn[1]}, role, notes)]
         return [make_message("user", stringify_number(turn[0])), make_message("assistant", stringify_number(turn[1]))]
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
@@ -156,8 +153,8 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
     texts = text_key_roles(turn)
     if not texts:
         raise BadRow("a message without a role")
-    if "tool" in texts.values():
-        raise DroppedRow(TOOLS_UNSUPPORTED)
+    if not {"tool", "call"}.isdisjoint(texts.values()):
+        raise BadRow("a tool turn without a role key")
     _note_unused_keys(turn, set(texts), notes)
     messages = []
     for role in ("system", "user", "assistant"):
@@ -169,7 +166,7 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
 
 
 def turn_role(turn: dict[str, Any]) -> str | None:
-    """Returns user, assistant, system or tool; None if the turn has no role key. Raises BadRow for an unknown role."""
+    """Returns user, assistant, system, tool or call; None without a role key. Raises BadRow for an unknown role."""
     for key in ROLE_KEYS:
         name = turn.get(key)
         if isinstance(name, str):
@@ -189,20 +186,57 @@ def text_key_roles(turn: dict[str, Any]) -> dict[str, str]:
 
 
 def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
-    call = next((key for key in TOOL_KEYS if is_filled(turn.get(key))), None)
-    if role == "tool" or call:
-        source = call or f"role {next(turn[key] for key in ROLE_KEYS if key in turn)}"
-        raise DroppedRow(f"{TOOLS_UNSUPPORTED} ({source})")
     key = find_content_key(turn)
-    result = make_message(role, _message_text(turn[key]) if key else None)
+    value = turn[key] if key else None
+    if role == "call":
+        return _parse_call_turn(_message_text(value))
+    if role == "tool":
+        result = make_message(role, result_text(value))
+    else:
+        call = next((name for name in TOOL_KEYS if is_filled(turn.get(name))), None)
+        is_bare_call = call and (is_missing(value) or value == [])
+        result = make_message(role, "" if is_bare_call else _message_text(value))
+        if call and role != "assistant":
+            raise BadRow(f"{call} in a {role} message")
+        if role == "assistant" and len(turn) > 2:
+            result |= _parse_thought(turn)
+        if call:
+            result["tool_calls"] = parse_calls(turn[call])
+            result["content"] = result["content"] if not is_blank(result["content"]) else ""
     if len(turn) > 2:
-        for thought in THOUGHT_KEYS:
-            if is_filled(turn.get(thought)):
-                notes.changes[f"without its `{thought}`: reasoning is not trained yet"] = None
+        if is_filled(turn.get("tools")):
+            if role != "system":
+                raise BadRow(f"tools in a {role} message")
+            result["tools"] = parse_tools(turn["tools"])
         if role == "assistant" and any(is_zero_weight(turn.get(flag)) for flag in TRAINING_FLAG_KEYS):
             result["weight"] = 0
-        _note_unused_keys(turn, {key}, notes)
+        read = {key, "tools", *TOOL_KEYS, *(THOUGHT_KEYS if role == "assistant" else ())}
+        _note_unused_keys(turn, read | {"name"} if role == "tool" else read, notes)
     return result
+
+
+def _parse_call_turn(text: Any) -> Message:
+    """A turn that is a call, as ShareGPT's function_call; a thought may come first."""
+    thought, end = None, 0
+    if isinstance(text, str) and (found := THOUGHT.match(text)):
+        thought, end = found[1].strip("\n"), found.end()
+    message = make_message("assistant", "")
+    if thought is not None:
+        message["reasoning_content"] = thought
+    return {**message, "tool_calls": parse_calls(text[end:] if isinstance(text, str) else text)}
+
+
+def _parse_thought(turn: dict[str, Any]) -> Message:
+    """{"reasoning_content": …} of an answer, or {}.
+
+    An empty reasoning_content is an empty thought, unless the turn has other empty keys: then all turns have all keys.
+    """
+    thought = next((name for name in THOUGHT_KEYS if is_filled(turn.get(name))), None)
+    if thought is not None:
+        return {"reasoning_content": require_text(turn[thought], thought)}
+    has_placeholders = any(name in turn and not is_filled(turn[name]) for name in ("tools", *TOOL_KEYS))
+    is_empty = turn.get("reasoning_content") == "" and not has_placeholders
+    return {"reasoning_content": ""} if is_empty else {}
 
 
 def find_content_key(turn: dict[str, Any]) -> str | None:
@@ -251,66 +285,3 @@ def parse_history(value: Any, notes: RowNotes) -> list[Message]:
         raise BadRow("history is not a list of [question, answer] pairs")
     turns = parse_messages(value, notes, "history")
     return [{**turn, "content": require_text(turn["content"], "history")} for turn in turns]
-
-
-# ---- turn rules ------------------------------------------------------------------------------------------------------
-def apply_turn_rules(messages: list[Message], notes: RowNotes, cut_at_empty: bool = True) -> list[Message]:
-    """Applies layouts.TURN_RULES: returns an optional system message, then alternating user and assistant messages.
-
-    `cut_at_empty`: if True, the chat is cut before its first empty message; if False, an empty message raises BadRow.
-    Raises BadRow or DroppedRow if the messages break the rules.
-    """
-    if not _roles_alternate(messages):
-        messages = _make_roles_alternate(messages, notes, cut_at_empty)
-    for turn in messages:
-        require_text(turn["content"], turn["role"] + " message")
-    return messages
-
-
-def _roles_alternate(messages: list[Message]) -> bool:
-    """True if no rule applies: an optional system message, then alternating user and assistant, none empty."""
-    roles = [turn["role"] for turn in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    alternates = turns and turns[::2] == ["user"] * len(turns[::2]) and turns[1::2] == ["assistant"] * len(turns[1::2])
-    return bool(alternates) and not any(is_blank(turn["content"]) for turn in messages)
-
-
-def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty: bool) -> list[Message]:
-    runs: list[list[Message]] = []  # consecutive messages of one role
-    for new in messages:
-        role, previous_role = new["role"], runs[-1][0]["role"] if runs else ""
-        if role == "system" and previous_role not in ("", "system"):
-            raise DroppedRow("a system message after the start")
-        if role == "tool":
-            raise DroppedRow(TOOLS_UNSUPPORTED)
-        if role == "system" and is_blank(new["content"]):
-            continue  # some datasets put an empty system message into every row
-        if role == "assistant" and previous_role in ("", "system"):
-            notes.changes[WITHOUT_OPENING] = None
-        elif role == previous_role:
-            runs[-1].append(new)
-        else:
-            runs.append([new])
-    turns = [_join_messages(run, notes) if len(run) > 1 else run[0] for run in runs]
-    if not any(turn["role"] == "user" for turn in turns):
-        raise DroppedRow("only assistant messages") if WITHOUT_OPENING in notes.changes else BadRow("no messages")
-    empty = next((i for i, turn in enumerate(turns) if is_blank(turn["content"])), None)
-    if empty is not None and cut_at_empty:
-        kept = trim_unanswered(turns[:empty])
-        if not kept and turns[empty]["role"] == "assistant":
-            raise DroppedRow("an empty answer")
-        if kept:
-            notes.changes[CUT_AT_EMPTY] = None
-            turns = kept
-    return turns
-
-
-def _join_messages(run: list[Message], notes: RowNotes) -> Message:
-    """Joins consecutive messages of one role; the result has weight 0 if any of them has weight 0."""
-    role = run[0]["role"]
-    filled = [turn["content"] for turn in run if not is_blank(turn["content"])]
-    if len(filled) > 1:
-        notes.changes[JOINED_ROLES] = None
-        filled = ["\n".join(require_text(text, role + " message") for text in filled)]
-    untrained = {"weight": 0} if any(turn.get("weight") == 0 for turn in run) else {}
-    return {**make_message(role, filled[0] if filled else run[0]["content"]), **untrained}

@@ -4,12 +4,14 @@ Read next: read_examples.py (rows -> examples), validation_split.py (train or va
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from corpus.chats import Message, chat_text
 from corpus.language import LANGUAGES
+from model.chatml import PART_KEYS
 
 BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000
 
@@ -98,8 +100,14 @@ def text_hash(text: str) -> int:
 
 
 def messages_hash(messages: Iterable[Message]) -> int:
-    """64-bit hash of the roles, contents and weights of all messages."""
-    return text_hash("\0".join(f"{turn['role']}{turn.get('weight', '')}\0{turn['content']}" for turn in messages))
+    """64-bit hash of the roles, contents, weights and other parts of all messages."""
+    return text_hash("\0".join(map(_message_key, messages)))
+
+
+def _message_key(message: Message) -> str:
+    parts = {key: message[key] for key in PART_KEYS if key in message} if len(message) > 2 else {}
+    key = f"{message['role']}{message.get('weight', '')}\0{message['content']}"
+    return f"{key}\0{json.dumps(parts, ensure_ascii=False)}" if parts else key
 
 
 def question_hash(messages: list[Message]) -> int:

@@ -1,7 +1,7 @@
 """Supported row layouts: the keys of questions, answers, lists of turns, system prompts, …
 
     FIELD_KEYS    field -> its keys in order of priority; the first *filled* key of a row is used
-    ROLE_NAMES    role name in the data -> user, assistant, system or tool
+    ROLE_NAMES    role name in the data -> user, assistant, system, tool (a result) or call
     LAYOUTS       one example row per documented and tested layout (layouts.json)
     TURN_RULES    handling of unusual turns (layouts.json)
 
@@ -56,6 +56,7 @@ FIELD_KEYS: dict[str, tuple[str, ...]] = {
         "dispreferred_response", "loser_response", "negative", "neg_resp", "bad", "劣选", "差回答", "差的回答",
         "较差的回答",
     ),
+    "tools": ("tools", "functions"),
     "label": ("label", "kto_tag"),
     "weight": ("weight",),
 }  # fmt: skip
@@ -80,8 +81,9 @@ ROLE_NAMES = {
     **dict.fromkeys(("user", "human", "prompter", "customer", "usr", "用户", "人类", "提问者"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "bing", "bard",
                      "claude", "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",
-                     "tool_response", "tool_result", "ipython", "工具"), "tool"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "tool_result", "ipython",
+                     "工具"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
 }  # fmt: skip
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message that is a tool call
 TRAINING_FLAG_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # 0 or false: not trained

@@ -12,12 +12,13 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from corpus.chats import Message, chat_text, is_trained, trim_unanswered
+from corpus.chats import Message, chat_text, is_trained
 from corpus.examples import ChatExample, PairExample, TextExample, messages_hash, question_hash, text_hash
 from corpus.language import detect_language
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
+from corpus.turn_rules import trim_unanswered
 
 FILE_AS_SOURCE = "file"  # a source_key: the file name is the source
 

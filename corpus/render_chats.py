@@ -6,10 +6,12 @@ Called by tokenize_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 import itertools
 import re
 
-from corpus.chats import Message, chat_text, is_trained, trim_unanswered
+from corpus.chats import Message, chat_text, is_trained
 from corpus.examples import ChatExample
 from corpus.stats import DataStats
-from model.chat_template import RenderedChat, RenderedSample
+from corpus.turn_rules import first_turns
+from model.chatml import answer_text, message_texts
+from model.renderer import RenderedChat, RenderedSample
 from model.tokenizer import ChatTokenizer
 
 MAX_TOKEN_CHARACTERS = 256  # upper bound; the longest token of common tokenizers is 128 spaces
@@ -41,16 +43,16 @@ def _fit_chat(
     """The documents of one chat. `rendered`: its turns that `_drop_last_turns` keeps."""
     messages = _drop_last_turns(example.messages, max_seq_len)
     change = f"cut at a whole turn to {max_seq_len} tokens"
-    while rendered.is_too_long and (first_half := trim_unanswered(messages[: len(messages) // 2])):
+    while rendered.is_too_long and (first_half := first_turns(messages, len(messages) // 2)):
         messages, change = first_half, "cut at a whole turn to what the model's chat template can write"
         (rendered,) = tokenizer.render_each([messages])
-    while not rendered.refusal and len(rendered.samples[-1].ids) > max_seq_len:
-        turns = _count_fitting_turns(rendered.samples, max_seq_len)
-        if turns == 0:
+    while not rendered.refusal and any(len(sample.ids) > max_seq_len for sample in rendered.samples):
+        answers = [i for i, message in enumerate(messages) if is_trained(message)]
+        fitting = _count_fitting_answers(rendered.samples, max_seq_len)
+        messages = first_turns(messages, answers[fitting - 1] + 1) if fitting else []
+        if not messages:
             stats.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
             return []
-        answers = [i for i, message in enumerate(messages) if is_trained(message)]
-        messages = messages[: answers[turns - 1] + 1]
         (rendered,) = tokenizer.render_each([messages])
     trained_tokens = sum(sum(sample.mask) for sample in rendered.samples)
     if rendered.refusal or not trained_tokens:
@@ -73,25 +75,30 @@ def _drop_last_turns(messages: list[Message], max_seq_len: int) -> list[Message]
     A message takes at least one token, and a token has at most MAX_TOKEN_CHARACTERS characters. A jinja template is
     rendered once per answer, so the time would otherwise grow with the square of the turns.
     """
-    if (
-        len(messages) <= max_seq_len
-        and sum(len(turn["content"]) for turn in messages) <= MAX_TOKEN_CHARACTERS * max_seq_len
-    ):
+    lengths = [message_length(turn) for turn in messages]
+    if len(messages) <= max_seq_len and sum(lengths) <= MAX_TOKEN_CHARACTERS * max_seq_len:
         return messages
-    ends = itertools.accumulate(len(turn["content"]) for turn in messages)
+    ends = itertools.accumulate(lengths)
     fitting = sum(1 for _ in itertools.takewhile(lambda end: end <= MAX_TOKEN_CHARACTERS * max_seq_len, ends))
-    return trim_unanswered(messages[: min(fitting, max(max_seq_len, 3))])
+    return first_turns(messages, min(fitting, max(max_seq_len, 3)))
 
 
-def _count_fitting_turns(samples: list[RenderedSample], max_seq_len: int) -> int:
-    """Number of turns of a too long chat that may fit; less than the number of its turns."""
-    if len(samples) > 1:  # every sample but the last is the chat up to one of its answers
-        return sum(len(sample.answers) for sample in samples[:-1] if len(sample.ids) <= max_seq_len)
-    # Each run of trained tokens is one answer; a turn fits only if its answer ends within the limit.
-    ends = [run.end() for run in re.finditer(b"\1+", bytes(samples[0].mask))]
-    return min(sum(end <= max_seq_len for end in ends), len(ends) - 1)
+def message_length(message: Message) -> int:
+    """Characters of a message in every sample of its chat: without its thought, which later turns leave out."""
+    return sum(map(len, message_texts(message))) - len(message.get("reasoning_content", ""))
+
+
+def _count_fitting_answers(samples: list[RenderedSample], max_seq_len: int) -> int:
+    """Number of trained answers of a too long chat that may fit; less than their number."""
+    fitting = 0
+    for sample in samples:
+        # Each run of trained tokens is one answer, and fits only if it ends within the limit.
+        fitting += sum(run.end() <= max_seq_len for run in re.finditer(b"\1+", bytes(sample.mask)))
+        if len(sample.ids) > max_seq_len:
+            break
+    return min(fitting, sum(len(sample.answers) for sample in samples) - 1)
 
 
 def count_answer_bytes(messages: list[Message]) -> int:
     """UTF-8 bytes of the trained answers."""
-    return sum(len(message["content"].encode()) for message in messages if is_trained(message))
+    return sum(len(answer_text(message).encode()) for message in messages if is_trained(message))

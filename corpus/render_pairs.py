@@ -12,7 +12,7 @@ import itertools
 from corpus.answers import common_prefix_length
 from corpus.chats import Message, chat_text
 from corpus.examples import PairExample
-from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes
+from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes, message_length
 from corpus.stats import DataStats
 from model.tokenizer import ChatTokenizer
 
@@ -81,10 +81,9 @@ def _drop_oldest_turns(example: PairExample, max_seq_len: int) -> list[Message]:
     A message takes at least one token, and a token has at most MAX_TOKEN_CHARACTERS characters.
     """
     prompt, first = example.prompt, int(example.prompt[0]["role"] == "system")
-    lengths = [len(turn["content"]) for turn in prompt]
-    max_characters = MAX_TOKEN_CHARACTERS * max_seq_len - max(
-        sum(len(turn["content"]) for turn in answer) for answer in example.answers
-    )
+    lengths = [*map(message_length, prompt)]
+    longer_answer = max(sum(map(message_length, answer)) for answer in example.answers)
+    max_characters = MAX_TOKEN_CHARACTERS * max_seq_len - longer_answer
     if len(prompt) - first <= max_seq_len and sum(lengths) <= max_characters:
         return prompt
     ends = itertools.accumulate(reversed(lengths[first:]), initial=sum(lengths[:first]))

@@ -6,17 +6,24 @@ Read next: row_text.py (RowReader.edit), ../curation/cleaning.py (the rules).
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 from corpus.chats import text_key_roles, turn_role
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
-from corpus.serialized_chats import edit_marked_text, is_message, parse_marked_text, parse_serialized_list
+from corpus.serialized_chats import edit_marked_text, is_message, is_tool_call, parse_marked_text, parse_serialized_list
 from corpus.stats import BadRow
+
+# Of texts that tool_turns.py reads: JSON of calls and tools, and the markers around thoughts and results.
+_PARTS = re.compile(r"(<tool_call>.*?</tool_call>|<tools>.*?</tools>|</?(?:think|tool_response)>\s*)", re.DOTALL)
 
 
 def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
     """Returns `value` with its texts edited. Roles are kept; a list of turns written as text becomes JSON text."""
+    if isinstance(value, str) and (is_tool_call(value) or _PARTS.search(value)):
+        pieces = [] if is_tool_call(value) else _PARTS.split(value)  # texts and, at odd indices, what stays
+        return "".join(piece if i % 2 or not piece.strip() else edit(piece) for i, piece in enumerate(pieces)) or value
     if isinstance(value, str):
         if value.lstrip()[:1] == "[":
             try:
@@ -47,6 +54,8 @@ def _text_keys(turn: dict[str, Any]) -> set[str]:
         role = turn_role(turn)
     except BadRow:
         role = None
+    if role == "call":
+        return set()  # JSON
     if role:
         return {key for key in (*CONTENT_KEYS, *THOUGHT_KEYS) if key in turn}
     return {*text_key_roles(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}

@@ -8,9 +8,10 @@ from typing import Any
 
 from corpus.chats import is_filled
 from corpus.layouts import COMPARISON_KEYS, FIELD_KEYS
+from corpus.stats import DroppedRow
 
 _COMPARISON_KEY_NAMES = frozenset(key.lower() for first, second, _, _ in COMPARISON_KEYS for key in (first, second))
-_NON_TEXT_FIELDS = ("label", "weight")  # fields without text
+_NON_TEXT_FIELDS = ("tools", "label", "weight")  # fields without text
 
 FieldKeys = dict[str, list[str]]  # field of layouts.FIELD_KEYS -> the row's filled keys, in order of priority
 
@@ -19,6 +20,17 @@ FieldKeys = dict[str, list[str]]  # field of layouts.FIELD_KEYS -> the row's fil
 def is_comparison_key(key: Any) -> bool:
     """True for the key of one of two compared answers (layouts.COMPARISON_KEYS)."""
     return str(key).strip().lower() in _COMPARISON_KEY_NAMES
+
+
+def check_labels(row: dict[str, Any], keys: list[str]) -> list[str]:
+    """The keys that hold a label of KTO, good or bad. Raises DroppedRow if one is bad."""
+    is_kto = "completion" in row or "kto_tag" in row  # in other datasets a numeric label is a class
+    good, bad = (("true", "1"), ("false", "0")) if is_kto else (("true",), ("false",))
+    labels = {key: str(row[key]).strip().lower() for key in keys}
+    for key, label in labels.items():
+        if label in bad:
+            raise DroppedRow(f"an answer that is marked as bad ({key} is false)")
+    return [key for key, label in labels.items() if label in good]
 
 
 class RowKeys:

@@ -29,21 +29,23 @@ from corpus.answers import (
 from corpus.chats import (
     Message,
     RowNotes,
-    apply_turn_rules,
     chat_text,
     is_blank,
     is_filled,
     is_zero_weight,
     make_message,
+    message_text,
     parse_history,
     parse_messages,
 )
 from corpus.language import is_missing, require_text, stringify_number
 from corpus.layouts import METADATA_KEYS
 from corpus.row_edit import edit_value
-from corpus.row_keys import FieldKeys, RowKeys, is_comparison_key
+from corpus.row_keys import FieldKeys, RowKeys, check_labels, is_comparison_key
 from corpus.serialized_chats import ends_with_question, is_serialized_messages, parse_marked_text
 from corpus.stats import BadRow, DroppedRow
+from corpus.tool_turns import parse_tools, with_tools
+from corpus.turn_rules import apply_turn_rules
 
 _NO_TEXT_KEY, _NO_CHAT_KEYS = "no text key", "none of the keys of a chat"
 
@@ -94,7 +96,7 @@ class RowReader(RowKeys):
         texts: dict[str, None] = {}
         for other in found:
             turns = [*other.messages, *(turn for answer in other.answers for turn in answer)]
-            texts.update(dict.fromkeys([turn["content"] for turn in turns] or [other.text]))
+            texts.update(dict.fromkeys([*map(message_text, turns)] or [other.text]))
         best = found[0]
         unused = [key for key in best.unused if all(key in other.unused for other in found)]
         return RowContent(best.kind, "\n".join(texts), best.messages, best.answers, best.changes, unused)
@@ -201,14 +203,7 @@ class _Row:
 
     def _require_trainable(self) -> None:
         """Raises DroppedRow for a row whose label or weight excludes it from training."""
-        is_kto = "completion" in self.row or "kto_tag" in self.row  # in other datasets a numeric label is a class
-        good, bad = (("true", "1"), ("false", "0")) if is_kto else (("true",), ("false",))
-        for key in self.keys("label"):
-            label = str(self.row[key]).strip().lower()
-            if label in (*good, *bad):
-                self.used.add(key)
-                if label in bad:
-                    raise DroppedRow(f"an answer that is marked as bad ({key} is false)")
+        self.used.update(check_labels(self.row, self.keys("label")))
         self._require_weight()
 
     def _require_weight(self) -> None:
@@ -268,11 +263,15 @@ class _Row:
         raise BadRow(_NO_CHAT_KEYS)
 
     def _add_system(self, messages: list[Message]) -> list[Message]:
-        key = next(iter(self.keys("system")), None)
-        if key is None or (messages and messages[0]["role"] == "system" and not is_blank(messages[0]["content"])):
-            return messages
-        self.used.add(key)
-        return [make_message("system", require_text(self.row[key], key)), *messages]
+        """The messages with the row's system text and tools in the first one, unless it has its own."""
+        key, tools = next(iter(self.keys("system")), None), next(iter(self.keys("tools")), None)
+        if key and not (messages and messages[0]["role"] == "system" and not is_blank(messages[0]["content"])):
+            self.used.add(key)
+            messages = [make_message("system", require_text(self.row[key], key)), *messages]
+        if tools:
+            self.used.add(tools)
+            messages = with_tools(messages, parse_tools(self.row[tools]))
+        return messages
 
     # ---- pairs ----
     def read_pair(self) -> RowContent:
@@ -294,7 +293,7 @@ class _Row:
             conversation = self._add_system(side_conversation(side, value, prompt, self.notes))
             messages = apply_turn_rules(conversation, self.notes, cut_at_empty=False)
             # Pairs have no weights; those are for SFT.
-            conversations.append([make_message(turn["role"], turn["content"]) for turn in messages])
+            conversations.append([{k: part for k, part in turn.items() if k != "weight"} for turn in messages])
         prompt, *answers = split_pair(*conversations)
         turns = [*prompt, *answers[0], *answers[1]]
         unused = self._unused_keys(turns)

@@ -127,9 +127,14 @@ def is_message(turn: dict[str, Any]) -> bool:
 
 
 def is_tool_call(value: Any) -> bool:
-    """True for text that is a list of function calls, [{"name": ..., "arguments": ...}]."""
-    calls = parse_literal(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
-    return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
+    """True for a list of function calls, [{"name": ..., "arguments": ...}], perhaps as text."""
+    is_text = isinstance(value, str) and value.startswith("[{") and "arguments" in value
+    calls = parse_literal(value) if is_text else value
+    return (
+        isinstance(calls, list)
+        and bool(calls)
+        and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
+    )
 
 
 def parse_serialized_list(text: str, field: str) -> Any:

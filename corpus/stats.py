@@ -2,7 +2,7 @@
 
 No row is dropped silently. Every row is counted as exactly one of
     kept      in the dataset, perhaps changed or without some of its keys; changes and unused keys are counted by name
-    dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
+    dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, a bad label
     bad       unusable: broken JSON, a number instead of text, a truncated archive, ...
 so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_fraction`; above it the run ends with
 an error. The rows lost in a damaged part of a file are estimated from the size of the rows before it (damage.py).

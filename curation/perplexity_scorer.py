@@ -17,7 +17,7 @@ import torch
 
 from common.device import autocast, pick_device, pick_dtype
 from common.locks import lock_output
-from corpus.chats import is_trained
+from corpus.chats import is_trained, message_text
 from corpus.examples import ChatExample
 from corpus.progress import reading_progress_bar
 from corpus.stats import DataStats
@@ -84,7 +84,7 @@ def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tupl
     ids: list[int] = []
     mask: list[int] = []
     for number, message in enumerate(messages):
-        text = message["content"]
+        text = message_text(message)
         new = tokenizer.encode("\n" + text) if number else tokenizer.encode_document(text)
         skipped = len(tokenizer.encode("\n")) if number else 0
         ids += new

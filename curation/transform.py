@@ -29,6 +29,7 @@ from common.cli import flag
 from common.errors import UserError
 from common.files import remove, report_write_errors, write_json, write_text
 from common.flag_types import int_between
+from corpus.chats import message_text
 from corpus.data_flags import DataFlags
 from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset
 from corpus.job_state import PROGRESS_FILE, SIGNING_FILE, JobProgress, can_resume, input_fingerprints
@@ -108,7 +109,7 @@ def read_numbered_rows(
 def _message_ends(content: RowContent) -> tuple[tuple[str, int], ...]:
     """(role, end index) of every message; for a pair the prompt, then the answers."""
     turns = [*content.messages, *itertools.chain(*content.answers)]
-    message_ends = itertools.accumulate(len(message["content"]) + 1 for message in turns)
+    message_ends = itertools.accumulate(len(message_text(message)) + 1 for message in turns)
     return tuple((message["role"], end) for message, end in zip(turns, message_ends, strict=True))
 
 

@@ -84,11 +84,11 @@ def pre_tokenizer_name(tokenizer: ChatTokenizer) -> str:
 
 def piece_across_cut(tokenizer: ChatTokenizer) -> str:
     """A piece of the vocabulary that crosses a split of our own pre-tokenizer, or ""."""
-    special = tokenizer.special_ids
+    added = tokenizer.backend.get_added_tokens_decoder()
     for index, raw in enumerate(vocab_bytes(tokenizer.backend)):
         piece = raw.decode("utf-8", "replace")
         cut = any(character in "\n<" or unicodedata.category(character).startswith("N") for character in piece)
-        if cut and len(piece) > 1 and index not in special:
+        if cut and len(piece) > 1 and index not in added:
             return piece
     return ""
 
@@ -113,8 +113,8 @@ def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: Mo
 
 def write_byte_level_bpe(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
     names: dict[int, str] = {i: piece for piece, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    added = tokenizer.backend.get_added_tokens_decoder()
-    kinds = {i: gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED for i, token in added.items()}
+    added, special = tokenizer.backend.get_added_tokens_decoder(), tokenizer.special_ids
+    kinds = {i: gguf.TokenType.CONTROL if i in special else gguf.TokenType.USER_DEFINED for i in added}
     pieces = [names.get(i, f"[unused{i}]") for i in range(config.vocab_size)]
     types = [kinds.get(i, gguf.TokenType.NORMAL) if i in names else gguf.TokenType.UNUSED for i in range(len(pieces))]
     merges = json.loads(tokenizer.files["tokenizer.json"])["model"]["merges"]
@@ -222,7 +222,7 @@ def build_vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> SentencePiece
     for i, piece in enumerate(pieces):
         kind = TOKEN_NORMAL if i in names else TOKEN_UNUSED
         if i in added:
-            kind = TOKEN_CONTROL if added[i].special else TOKEN_USER_DEFINED
+            kind = TOKEN_CONTROL if i in tokenizer.special_ids else TOKEN_USER_DEFINED
         types.append(TOKEN_BYTE if piece in BYTE_PIECES else TOKEN_UNKNOWN if piece == model.get("unk_token") else kind)
     return SentencePieceVocabulary(pieces, scores, types, prefix)
 

@@ -240,11 +240,13 @@ def fit_chat(
     messages: list[Message],
     limit: int,
     render: Callable[[list[Message]], list[int]] | None = None,
+    enable_thinking: bool | None = None,
 ) -> list[int]:
     """The ids of the rendered chat with a generation prompt, at most `limit` tokens.
 
     Drops the oldest turns as needed, but never a system message or the last question: if those alone exceed the
     limit, `generate` raises ValueError. `render` replaces the default rendering, for example to continue an answer.
+    `enable_thinking`: see `ChatTokenizer.render`. Turns begin at a user message, so a call keeps its results.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
     conversation = messages[len(system) :]
@@ -252,7 +254,7 @@ def fit_chat(
 
     def rendered(start: int) -> list[int]:
         kept = [*system, *conversation[start:]]
-        return render(kept) if render else tokenizer.render(kept, add_generation_prompt=True)[0]
+        return render(kept) if render else tokenizer.render(kept, True, enable_thinking)[0]
 
     full = rendered(0)
     if len(full) <= limit:
@@ -268,7 +270,8 @@ def chat_prompt(
     messages: list[Message],
     max_new_tokens: int,
     render: Callable[[list[Message]], list[int]] | None = None,
+    enable_thinking: bool | None = None,
 ) -> list[int]:
     """`fit_chat` with the limit that leaves max_new_tokens, or a quarter of max_seq_len, for the answer."""
     limit = model.config.max_seq_len
-    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render)
+    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render, enable_thinking)

@@ -66,13 +66,21 @@ class JinjaTemplate:
         except (RecursionError, SyntaxError):  # Python allows 20 nested loops
             raise UserError(f"the model's chat template is nested too deeply: {CHAT_FORMAT_ADVICE}") from None
 
-    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def text(
+        self, messages: list[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = None
+    ) -> str:
         """The rendered chat. Raises UnsupportedChatError, with the template's message, if rendering fails."""
         from jinja2 import TemplateError, UndefinedError
 
         from model.template_sandbox import StepsExceeded
 
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None}
+        variables: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": None}
+        if messages and (tools := messages[0].get("tools")):
+            variables["tools"] = tools
+            messages = messages if messages[0]["content"] else messages[1:]  # only carries the tools
+        variables["messages"] = messages
+        if enable_thinking is not None:
+            variables["enable_thinking"] = enable_thinking
         environment, template = self._compiled
         try:
             rendered: str = environment.render(template, {**variables, "documents": None, **self.special_tokens})
@@ -90,25 +98,29 @@ class JinjaTemplate:
                 f"the model's chat template {'refuses it: ' if is_raised_by_template else 'fails: '}{reason}"
             ) from None
 
-    def samples(self, messages: list[Message], add_generation_prompt: bool = False) -> list[SampleText]:
+    def samples(
+        self, messages: list[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = None
+    ) -> list[SampleText]:
         """The training samples, shortest first; the last is the whole chat. Each answer is trained in exactly one.
 
         With `add_generation_prompt`: the prompt, which trains nothing. The time is quadratic in the number of answers;
         MAX_CHAT_STEPS allows about 150 of them. Raises TooManyAnswersError for more, and UnsupportedChatError if the
-        system message is missing from the text, or an answer does not follow its generation prompt or does not end with
-        a special token.
+        system message, a tool, call or result is missing from the text, or an answer does not follow its generation
+        prompt or does not end with a special token. A template without thoughts leaves them out.
         """
-        whole = self.text(messages, add_generation_prompt)
+        whole = self.text(messages, add_generation_prompt, enable_thinking)
+        if missing := _missing_part(messages, whole):
+            raise UnsupportedChatError(f"the model's chat template leaves out {missing}")
         if add_generation_prompt:
             return [SampleText(whole, [], [])]
+        if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:
+            raise UnsupportedChatError("the model's chat template leaves out the system message")
         answers = trained_answers(messages)
         steps = self._compiled[0].steps_taken * len(answers)  # estimate: two renderings of half the chat per answer
         if len(answers) > 1 and steps > MAX_CHAT_STEPS:
             raise TooManyAnswersError(
                 f"the model's chat template takes more than {MAX_CHAT_STEPS:,} steps for the answers of so long a chat"
             )
-        if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:
-            raise UnsupportedChatError("the model's chat template leaves out the system message")
         samples = [SampleText(whole, [], [])]  # longest first
         for i in reversed(answers):
             prompt = self.text(messages[:i], True)
@@ -125,3 +137,15 @@ class JinjaTemplate:
             samples[-1].spans.insert(0, (len(prompt), marker_ends[-1]))
             samples[-1].answers.insert(0, i)
         return samples[::-1]
+
+
+def _missing_part(messages: list[Message], text: str) -> str:
+    """Which of tools, calls and results the rendered chat lacks, or ""."""
+    for message in messages:
+        if any(tool["function"]["name"] not in text for tool in message.get("tools") or ()):
+            return "the tools"
+        if message["role"] == "tool" and message["content"].strip() not in text:
+            return "the results of tools"
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls") or ()):
+            return "the calls of tools"
+    return ""

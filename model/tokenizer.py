@@ -27,16 +27,19 @@ from model.chat_template import (
     IM_START,
     ChatTemplate,
     Message,
-    RenderedChat,
-    Renderer,
     find_chat_template,
 )
+from model.chatml import CHAT_MARKERS as CHAT_MARKERS
 from model.fast_bpe import BYTE_OF_CHARACTER, FastBPE, is_line_bpe
 from model.jinja_template import JinjaTemplate
+from model.renderer import RenderedChat, Renderer
 from model.tokenizer_files import (
     LEGACY_TEMPLATE,
     PAD_TOKEN,
     TOKENIZER_FILES,
+    mark_special,
+    name_chat_markers,
+    name_spare_tokens,
     open_backend,
     read_chat_template,
     read_settings,
@@ -45,9 +48,9 @@ from model.tokenizer_files import (
     tokenizer_files,
     write_tokenizer_files,
 )
+from model.tokenizer_files import SPARE_TOKENS as SPARE_TOKENS
 
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
-SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
 
 
 class ChatTokenizer:
@@ -57,9 +60,12 @@ class ChatTokenizer:
     """
 
     def __init__(self, files: dict[str, str]) -> None:
+        if "tokenizer.json" in files:  # else open_backend raises the reason
+            files = {**files, "tokenizer.json": name_chat_markers(files["tokenizer.json"])}
         self.files = files
-        self.backend = open_backend(files)
-        # Otherwise the text "<|im_end|>" in a message would be encoded as the control token.
+        # Encodes plain text. Otherwise the text "<|im_end|>" in it would be encoded as the control token; the library
+        # has this setting for special tokens only.
+        self.backend = open_backend({name: mark_special(text) for name, text in files.items()})
         self.backend.encode_special_tokens = True
         self.config = read_settings(files, "tokenizer_config.json")
         self.eos = read_special_token(files, "eos_token") or END_OF_TEXT
@@ -91,7 +97,7 @@ class ChatTokenizer:
             return named
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special_tokens = {name: read_special_token(self.files, name) or "" for name in names}
-        return JinjaTemplate(template, special_tokens, self._markers) if template else None
+        return JinjaTemplate(template, special_tokens, self._pattern(self.special_ids)) if template else None
 
     def _write_template(self, chat_format: ChatTemplate) -> None:
         """Store the format's jinja template in the files, for transformers."""
@@ -127,8 +133,11 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 of tokenizer.json. Datasets and checkpoints must match it."""
-        return sha256_hex(self.files["tokenizer.json"])[:16]
+        """16 hex digits of the SHA-256 of tokenizer.json. Datasets and checkpoints must match it.
+
+        CHAT_MARKERS count as the spare tokens that they replace: an old tokenizer keeps its fingerprint.
+        """
+        return sha256_hex(name_spare_tokens(self.files["tokenizer.json"]))[:16]
 
     @property
     def format_name(self) -> str:
@@ -198,18 +207,30 @@ class ChatTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
+    def chat_marker_ids(self) -> frozenset[int]:
+        """The ids of CHAT_MARKERS that the tokenizer has as added tokens. They are generated and decoded as text."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.content in CHAT_MARKERS)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        """The ids of control tokens, without CHAT_MARKERS."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special) - self.chat_marker_ids
 
     def byte_lengths(self) -> np.ndarray:
-        """Number of UTF-8 bytes of each token, shape (vocab,); 0 for special tokens. For bits per byte."""
+        """UTF-8 bytes of each token, shape (vocab,); 0 for special tokens. For bits per byte.
+
+        CHAT_MARKERS have 0 bytes in a tokenizer of this project, in which no text is encoded as one of them.
+        """
         vocab = self.backend.get_vocab(with_added_tokens=True)
         decoder = json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
         byte_level = '"ByteLevel"' in decoder
         space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # SentencePiece writes ▁
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self.backend.get_added_tokens_decoder()
         for piece, index in vocab.items():
-            if index in self.special_ids:
+            if index in added and added[index].special:
                 continue
             if byte_level:  # each character of a byte-level piece is one byte
                 lengths[index] = len(piece)
@@ -218,38 +239,46 @@ class ChatTokenizer:
                 lengths[index] = 1 if lone_byte else len(piece.replace(space, " ").encode())
         return lengths
 
-    @cached_property
-    def _markers(self) -> re.Pattern[str]:
-        tokens = sorted((self.backend.id_to_token(i) or "" for i in self.special_ids), key=len, reverse=True)
+    def _pattern(self, ids: frozenset[int]) -> re.Pattern[str]:
+        """Matches the names of added tokens."""
+        tokens = sorted((self.backend.id_to_token(i) or "" for i in ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     @cached_property
     def renderer(self) -> Renderer:
         """Its backend encodes marker strings as control tokens. Raises UserError if the tokenizer has no format."""
-        return Renderer(open_backend(self.files), self._markers, self.chat_format, lambda: self._fast_bpe)
+        markers = self._pattern(self.special_ids | self.chat_marker_ids)
+        is_named = isinstance(self.chat_format, ChatTemplate)
+        answer_markers = markers if is_named else self._pattern(self.special_ids)
+        return Renderer(open_backend(self.files), markers, self.chat_format, answer_markers, lambda: self._fast_bpe)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool = False, enable_thinking: bool | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids of a chat and its loss mask, two lists of equal length: 1 at answers and their end-of-turn tokens.
 
-        With `add_generation_prompt` the ids end with the header of the next assistant turn. A token that begins in the
+        With `add_generation_prompt` the ids end with the header of the next assistant turn, and an empty thought if
+        `enable_thinking` is False; None leaves thinking to the model. A token that begins in the
         prompt has mask 0 even if it extends into the answer; this happens only in formats without a marker or newline
         before the answer (text, sometimes belle). Earlier answers that the template rewrites once turns follow have
         mask 0 too; `render_each` returns a sample for each of them.
         Raises UserError if the format does not support these messages.
         """
-        (chat,) = self.render_each([messages], add_generation_prompt)
+        (chat,) = self.render_each([messages], add_generation_prompt, enable_thinking)
         if chat.refusal:
             raise UserError(f"{chat.refusal}; {CHAT_FORMAT_ADVICE}")
         return chat.samples[-1].ids, chat.samples[-1].mask
 
-    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[RenderedChat]:
+    def render_each(
+        self, chats: list[list[Message]], add_generation_prompt: bool = False, enable_thinking: bool | None = None
+    ) -> list[RenderedChat]:
         """The training samples of each chat, tokenized in parallel. The last one is the whole chat, as in `render`.
 
-        A chat has several samples if the template rewrites an answer once turns follow (jinja_template.py): each ends
-        at an answer, and every answer is trained in exactly one. A chat that the format does not support has no sample
-        and a `refusal`. Raises UserError if the format supports no chat at all.
+        A chat has several samples if the template rewrites an answer once turns follow (chatml.py, jinja_template.py):
+        each ends at an answer, and every answer is trained in exactly one. A chat that the format does not support has
+        no sample and a `refusal`. Raises UserError if the format supports no chat at all.
         """
-        return self.renderer.render(chats, add_generation_prompt)
+        return self.renderer.render(chats, add_generation_prompt, enable_thinking)
 
     def render_unfinished(self, messages: list[Message]) -> list[int]:
         """Token ids of a chat whose last message is a partial answer, without the text after an answer.

@@ -10,6 +10,7 @@ Read next: tokenizer.py.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from common.errors import UserError, escape_controls
 from common.files import remove, replace_folder, temporary_path, write_error, write_text
 from model.chat_template import END_OF_TEXT, find_chat_template
+from model.chatml import CHAT_MARKERS
 
 PAD_TOKEN = "<|pad|>"  # no password  # nosec B105
 MAX_VOCAB_SIZE = 2**24  # ids; tables with one row per id are allocated
@@ -26,6 +28,8 @@ LEGACY_TEMPLATE = (  # in tokenizer files of earlier versions, which have no cha
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
+_MARKER_OF_SPARE = dict(zip(SPARE_TOKENS, CHAT_MARKERS, strict=False))
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,6 +51,41 @@ def open_backend(files: dict[str, str]) -> Tokenizer:
     if not ids or max(ids) >= MAX_VOCAB_SIZE:
         raise UserError(f"tokenizer.json has {'ids above ' + str(MAX_VOCAB_SIZE) if ids else 'no token'}")
     return backend
+
+
+def name_chat_markers(text: str) -> str:
+    """A tokenizer.json of this project whose first spare tokens are CHAT_MARKERS, with their ids.
+
+    They are added tokens that are not special: servers find them in the decoded text. Other files are unchanged.
+    """
+    if not all(json.dumps(spare) in text for spare in _MARKER_OF_SPARE) or any(
+        json.dumps(marker) in text for marker in CHAT_MARKERS
+    ):
+        return text
+    return _rename_added(text, _MARKER_OF_SPARE, special=False)
+
+
+def name_spare_tokens(text: str) -> str:
+    """The inverse of `name_chat_markers`: the tokenizer.json as `train_tokenizer` makes it."""
+    if json.dumps(SPARE_TOKENS[-1]) not in text:
+        return text  # of another project, which may have these markers
+    return _rename_added(text, {marker: spare for spare, marker in _MARKER_OF_SPARE.items()}, special=True)
+
+
+def mark_special(text: str) -> str:
+    """The tokenizer.json with CHAT_MARKERS as special tokens, which an encoder can treat as text."""
+    if json.dumps(SPARE_TOKENS[-1]) not in text:
+        return text
+    return _rename_added(text, {marker: marker for marker in CHAT_MARKERS}, special=True)
+
+
+def _rename_added(text: str, names: dict[str, str], special: bool) -> str:
+    """Text for text, so that everything else keeps its spelling: fingerprints are hashes of the file."""
+    for old, new in names.items():
+        entry = rf'("content":\s*{re.escape(json.dumps(old))}[^{{}}]*?"special":\s*)(?:true|false)'
+        text = re.sub(entry, rf"\g<1>{'true' if special else 'false'}", text)
+        text = text.replace(json.dumps(old), json.dumps(new))
+    return text
 
 
 def read_settings(files: dict[str, str], name: str) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.chats import CUT_AT_EMPTY, JOINED_ROLES, WITHOUT_OPENING, chat_text, trim_unanswered
+from corpus.chats import chat_text
 from corpus.row_text import DEFAULT_READER
 from corpus.stats import BadRow, DroppedRow
+from corpus.turn_rules import CUT_AT_EMPTY, JOINED_ROLES, WITHOUT_OPENING, trim_unanswered
 
 TURNS = [("user", "你好"), ("assistant", "您好！"), ("user", "1+1?"), ("assistant", "2")]
 CHAT = [{"role": role, "content": content} for role, content in TURNS]
@@ -137,11 +138,7 @@ def test_every_turn_rule_is_applied_and_reported(messages, result, change):
         ({"messages": [CHAT[0], turn("assistant", "")]}, "an empty answer"),
         ({"messages": [CHAT[1]]}, "only assistant messages"),
         ({"messages": [*CHAT[:2], SYSTEM, *CHAT[2:]]}, "a system message after the start"),
-        ({"messages": [CHAT[0], turn("tool", "{}"), CHAT[1]]}, "tool turns are not trained yet (role tool)"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{}"}]},
-         "tool turns are not trained yet (role function_call)"),
-        ({"messages": [CHAT[0], turn("assistant", None, tool_calls=[{"id": "1"}])]},
-         "tool turns are not trained yet (tool_calls)"),
+        ({"messages": [CHAT[0], turn("tool", "{}"), CHAT[1]]}, "a tool result that follows no call"),
         ({"prompt": "x", "completion": "y", "label": False}, "an answer that is marked as bad (label is false)"),
         ({"prompt": "x", "completion": "y", "label": 0}, "an answer that is marked as bad (label is false)"),
         ({"messages": CHAT, "kto_tag": "False"}, "an answer that is marked as bad (kto_tag is false)"),
@@ -156,12 +153,11 @@ def test_untrainable_rows_are_dropped_with_a_reason(row, reason):
     assert str(error.value) == reason
 
 
-def test_reasoning_and_unknown_keys_are_removed_and_reported():
+def test_unknown_keys_are_reported():
     answer = turn("assistant", "2", reasoning_content="One and one.", tools=None, tool_calls=None, mood="glad")
     content = DEFAULT_READER.read_chat({"messages": [CHAT[2], answer], "id": 7, "remark": "easy", "empty": ""})
-    assert content.messages == [CHAT[2], CHAT[3]]
-    assert content.changes == ["without its `reasoning_content`: reasoning is not trained yet"]
-    assert content.unused == ["remark", "messages.mood"]
+    assert content.messages == [CHAT[2], {**CHAT[3], "reasoning_content": "One and one."}]
+    assert content.changes == [] and content.unused == ["remark", "messages.mood"]
 
 
 def test_trim_unanswered_ends_with_an_answer():
@@ -189,8 +185,9 @@ def test_random_rows_give_messages_or_a_reason(row):
         messages = DEFAULT_READER.read_chat(row).messages
     except BadRow:
         return
-    roles = [m["role"] for m in messages if m["role"] != "system"]
-    assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and all(m["content"] for m in messages)
+    roles = [m["role"] for m in messages if m["role"] not in ("system", "tool")]
+    assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
+    assert all(m["content"] or m["role"] == "tool" or m.get("tool_calls") for m in messages)
 
 
 @settings(max_examples=300, deadline=None)

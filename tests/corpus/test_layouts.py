@@ -24,11 +24,14 @@ from corpus.layouts import (
 from corpus.read_examples import read_chat_examples, read_documents, read_pair_examples
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import BadRow, DataStats
+from corpus.tool_turns import FROM_SYSTEM_TEXT
 from curation.transform import read_numbered_rows
 from tests.helpers import ROOT
 
 EXAMPLES = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 WORDS = {"1+1?", "2", "3", "Add.", "1+1", "Hi", "Hello", "Who?", "Li wrote it.", "Li.", "…"}
+
+TEXTS = ("content", "reasoning_content")
 
 
 def user(text):
@@ -45,12 +48,17 @@ def test_every_example_is_read_completely_and_as_its_kind(layout):
         layout.kind
     ]
     content = read(layout.example)
-    assert content.kind == layout.kind and not content.unused and not content.changes
-    texts = [m["content"] for m in (*content.messages, *(m for answer in content.answers for m in answer))]
-    words = set("\n".join(texts or [content.text]).split("\n"))
+    assert content.kind == layout.kind and not content.unused and content.changes in ([], [FROM_SYSTEM_TEXT])
+    texts = [
+        m[key]
+        for m in (*content.messages, *(m for answer in content.answers for m in answer))
+        for key in TEXTS
+        if key in m
+    ]
+    words = set("\n".join(texts or [content.text]).split("\n")) - {""}
     assert words <= WORDS and words >= {word for word in WORDS if f'"{word}"' in json.dumps(layout.example)} - {"1+1?"}
     if layout.kind == "chat":
-        assert content.messages[-1]["role"] == "assistant" and content.messages[-2]["role"] == "user"
+        assert content.messages[-1]["role"] == "assistant" and content.messages[-2]["role"] in ("user", "tool")
     if layout.kind == "pair":
         assert [answer[0]["content"] for answer in content.answers] == ["2", "3"]
 
@@ -142,8 +150,9 @@ def test_cleaning_reads_and_edits_what_training_reads(layout: Layout, words):
     assert everything.kind == content.kind and everything.text == content.text
     edited = DEFAULT_READER.edit_row(row, str.upper)
     again = read(edited)
-    upper = [[{**m, "content": m["content"].upper()} for m in part] for part in (content.messages, *content.answers)]
-    assert [again.messages, *again.answers] == upper and again.text == content.text.upper()
+    in_upper_case = lambda m: m | {key: m[key].upper() for key in TEXTS if key in m}  # not tools and calls
+    upper = [[in_upper_case(m) for m in part] for part in (content.messages, *content.answers)]
+    assert [again.messages, *again.answers] == upper and again.text.upper() == content.text.upper()
 
 
 def test_a_row_with_a_text_and_a_chat_is_cleaned_in_both():

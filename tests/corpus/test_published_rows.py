@@ -143,10 +143,9 @@ def test_published_pairs_are_read(row):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"query": Q, "tools": "[]", "answers": '[{"name": "f", "arguments": {}}]'}, "tool turns are not trained yet"),
-        ({"chat": "USER: x\nASSISTANT: y\nFUNCTION RESPONSE: {}\nASSISTANT: z"}, "tool turns are not trained yet"),
+        ({"chat": "USER: x\nASSISTANT: y\nFUNCTION RESPONSE: {}\nASSISTANT: z"}, "a tool result that follows no call"),
         ({"text": "<|im_start|>user\nx<|im_end|>\n<|im_start|>tool\ny<|im_end|>\n<|im_start|>assistant\nz<|im_end|>"},
-         "tool turns are not trained yet"),
+         "a tool result that follows no call"),
         ({"prompt": Q, "chosen": A, "rejected": B, "weight": 0.0}, "a row with weight 0"),
         ({"prompt": Q, "answer": A, "weight": "0.0"}, "a row with weight 0"),
         ({"question": Q, "answers": {"text": [], "answer_start": []}}, "an empty answer"),
