@@ -6,6 +6,8 @@
     python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     a context 4 times as long as in training
     python 2-eval.py --prompts FILE.txt          one prompt per line; --history 9: as one conversation
     python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search without repeated 5-grams
+    python 2-eval.py --tools calculator,clock    the model may call tools; with --questions too
+    python 2-eval.py --enable_thinking false     an empty thought before each answer
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
     python 2-eval.py --report out/full_sft_512.pth other=http://localhost:8000/v1     a served model
@@ -14,6 +16,8 @@
 A pretrained model continues the prompt; a model of a chat stage answers it in its chat format.
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}; lang and
 kind are optional. Answers are greedy, and correct if they contain any of the keys as a word (evaluation/qa_data.py).
+Tools (evaluation/tools.py): a call in an answer is run and its result put into the prompt, until the model answers
+without a call. Tools only compute; they run no generated code.
 --report compares the given models, or every stage in --out_dir. It writes a Markdown page and a json file: all answers,
 bits per byte of --texts, loss by position up to 4 times the trained length, loss on --chats, repetition, speed, and
 continuations of answers that begin with a harmful agreement (shown, not scored).
@@ -38,6 +42,8 @@ from evaluation.qa import evaluate_questions
 from evaluation.qa_data import read_keyed_questions, read_prompt_lines
 from evaluation.report import compare_models
 from evaluation.terminal_chat import TerminalChat, run_terminal_chat
+from evaluation.tool_loop import NO_TOOLS, ToolOptions
+from evaluation.tools import find_tools
 from model.sampling_presets import find_preset, format_settings
 
 DESCRIPTION = f"{__doc__}\nThe fixed prompts:\n" + "\n".join(f"    {prompt}" for prompt in SCRIPT_PROMPTS)
@@ -54,12 +60,20 @@ def open_chosen_model(config: EvalConfig) -> ChatModel:
     return chat_model
 
 
-def start_chat(config: EvalConfig, chat_model: ChatModel, history: int | None) -> TerminalChat:
+def tool_options(config: EvalConfig) -> ToolOptions:
+    """The tools and the thinking switch of the flags. Raises UserError for an unknown tool."""
+    tools = tuple(find_tools(config.tools, config.lookup_file))
+    return ToolOptions(tools, config.max_tool_calls, config.enable_thinking, config.lookup_file)
+
+
+def start_chat(
+    config: EvalConfig, chat_model: ChatModel, history: int | None, options: ToolOptions = NO_TOOLS
+) -> TerminalChat:
     """Return an empty conversation; prints the model and the settings that the preset of its chat format makes."""
     choice = config.sampling_preset if chat_model.is_chat_model else "none"
     name, preset = find_preset(choice, chat_model.tokenizer.format)
     settings, given = config.settings(preset, chat_model.stop_strings), config.explicit_settings
-    chat = TerminalChat(chat_model, settings, config.system, history)
+    chat = TerminalChat(chat_model, settings, config.system, history, options)
     print(chat_model.summary(), flush=True)
     if used := {key: value for key, value in preset.items() if key not in given and getattr(settings, key) == value}:
         print(f"sampling: {name} preset: {format_settings(used)} (--sampling_preset none turns it off)", flush=True)
@@ -77,12 +91,15 @@ def main() -> None:
     if not questions and not prompts and not sys.stdin.isatty():
         prompts = list(SCRIPT_PROMPTS)
 
+    options = tool_options(config)
     chat_model = open_chosen_model(config)
     if questions:
         print(chat_model.summary(), flush=True)
-        scores, tokens, seconds = evaluate_questions(chat_model, questions, config.system, config.max_new_tokens)
+        scores, tokens, seconds = evaluate_questions(
+            chat_model, questions, config.system, config.max_new_tokens, options
+        )
     else:
-        chat = start_chat(config, chat_model, (config.history or 0) if prompts else config.history)
+        chat = start_chat(config, chat_model, (config.history or 0) if prompts else config.history, options)
         for prompt in prompts:
             print(f"\n> {prompt}")
             chat.send_message(prompt, is_interactive=False)

@@ -73,6 +73,11 @@ class ChatModel:
         return self.stage != "pretrain" and self.tokenizer.format is not None
 
     @property
+    def has_answer_parts(self) -> bool:
+        """Whether thoughts and tool calls are read in its answers: those of chatml and of imported models."""
+        return self.is_chat_model and self.tokenizer.format_name in ("chatml", "template")
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The strings that end an answer in the model's chat format."""
         return self.tokenizer.stop_strings if self.is_chat_model else ()
@@ -84,11 +89,16 @@ class ChatModel:
         rope = f", RoPE {scaling}" if (scaling := rope_summary(self.model.config)) else ""
         return f"{self.path}: {self.stage}, {size}, {self.device}, {self.number_format}{rope}"
 
-    def prompt_ids(self, messages: list[Message], max_new_tokens: int) -> list[int]:
-        """The prompt tokens: the bare last text, or the chat with its latest turns that fit beside max_new_tokens."""
+    def prompt_ids(
+        self, messages: list[Message], max_new_tokens: int, enable_thinking: bool | None = None
+    ) -> list[int]:
+        """The prompt tokens: the bare last text, or the chat with its latest turns that fit beside max_new_tokens.
+
+        `enable_thinking`: see `ChatTokenizer.render`.
+        """
         if not self.is_chat_model:
             return self.tokenizer.encode_document(messages[-1]["content"])
-        return chat_prompt(self.model, self.tokenizer, messages, max_new_tokens)
+        return chat_prompt(self.model, self.tokenizer, messages, max_new_tokens, enable_thinking=enable_thinking)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which matrix products use `dtype`."""

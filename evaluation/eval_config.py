@@ -9,13 +9,15 @@ from typing import Any
 from common.cli import flag
 from common.errors import UserError
 from common.flag_groups import InferenceFlags
-from common.flag_types import non_empty_text, non_negative_int, path_string, positive_int
+from common.flag_types import non_empty_text, non_negative_int, parse_bool, path_string, positive_int
+from evaluation.tools import TOOL_NAMES
 from model.rope_flags import RopeFlags
 from model.sampling_presets import SamplingFlags
 
 _MODEL: dict[str, Any] = {"group": "which model", "type": path_string}
 _PROMPTS: dict[str, Any] = {"group": "prompts (default: a conversation)"}
 _FILE: dict[str, Any] = {**_PROMPTS, "exclusive": "prompts", "type": path_string, "metavar": "FILE"}
+_TOOLS: dict[str, Any] = {"group": "tools and thoughts"}
 _REPORT: dict[str, Any] = {"group": "comparison of several models"}
 
 
@@ -33,6 +35,16 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
     history: int | None = flag(
         None, "previous turns in each prompt (default: all; 0 with --prompts)", type=non_negative_int, **_PROMPTS
     )
+    tools: str = flag(
+        "", f"tools that the model may call, as calculator,clock: {', '.join(TOOL_NAMES)}",
+        type=non_empty_text, metavar="NAMES", **_TOOLS,
+    )  # fmt: skip
+    lookup_file: str = flag("", "jsonl file of facts for the tool lookup", type=path_string, metavar="FILE", **_TOOLS)
+    max_tool_calls: int = flag(4, "calls that run in one reply", type=non_negative_int, **_TOOLS)
+    enable_thinking: bool | None = flag(
+        None, "false: an empty thought before each answer (default: the model decides)",
+        type=parse_bool, metavar="{true,false}", **_TOOLS,
+    )  # fmt: skip
     report: tuple[str, ...] | None = flag(
         None, "compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
         type=path_string, nargs="*", metavar="MODEL", **_REPORT,
@@ -57,8 +69,10 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
         for name in ("texts", "chats", "judge", "judge_model", "report_api_key"):
             if getattr(self, name) and self.report is None:
                 raise UserError(f"--{name} needs --report")
-        for name in ("stage", "checkpoint", "questions"):
+        for name in ("stage", "checkpoint", "questions", "tools"):
             if getattr(self, name) and self.report is not None:
                 raise UserError(f"--{name} cannot be combined with --report: list the models after --report")
+        if self.lookup_file and "lookup" not in self.tools:
+            raise UserError("--lookup_file needs --tools lookup")
         if bool(self.judge) != bool(self.judge_model):
             raise UserError("--judge BASE_URL and --judge_model NAME: give both or neither")

@@ -2,7 +2,7 @@
 
     answer = greedy continuation of the rendered question;  correct = it contains a key (qa_data.py)
 
-Read next: ../model/generate.py (the sampling loop), qa_data.py (the rule), chat_model.py (the model).
+Read next: qa_data.py (the rule), tool_loop.py (calls of tools), chat_model.py (the model).
 """
 
 import time
@@ -12,39 +12,48 @@ from common.errors import UserError
 from evaluation.chat_model import ChatModel
 from evaluation.qa_data import MAX_ANSWER_TOKENS, KeyedQuestion, is_correct, system_messages
 from evaluation.tables import with_progress
+from evaluation.tool_loop import NO_TOOLS, Reply, ToolOptions, complete_replies
+from model.chat_template import Message
 from model.sampling import SamplingParams
 
 QUESTIONS_PER_BATCH = 128
 
 
 def answer_questions(
-    chat_model: ChatModel, questions: list[KeyedQuestion], system: str = "", max_new_tokens: int | None = None
+    chat_model: ChatModel,
+    questions: list[KeyedQuestion],
+    system: str = "",
+    max_new_tokens: int | None = None,
+    options: ToolOptions = NO_TOOLS,
 ) -> int:
-    """Set "answer" and "correct" of every question; returns the number of generated tokens.
+    """Set "answer", "correct" and "calls" of every question; returns the number of generated tokens.
 
-    Greedy; a pretrained model gets the question as a line, and a newline ends its answer. Batches have questions of
-    similar length. Raises UserError with the location of a question longer than the context.
+    Greedy; a pretrained model gets the question as a line, and a newline ends its answer. The answer is the content of
+    the last answer, without thoughts; "calls": calls of tools that were run. Batches have questions of similar length.
+    Raises UserError with the location of a question longer than the context.
     """
+    options.check(chat_model)
     is_chat, limit, tokens = chat_model.is_chat_model, chat_model.model.config.max_seq_len, 0
     settings = SamplingParams(
         max_new_tokens=max_new_tokens or (MAX_ANSWER_TOKENS if is_chat else 24),
         stop=chat_model.stop_strings if is_chat else ("\n",),
     )
-    prompts: list[tuple[list[int], KeyedQuestion]] = []
+    prompts: list[tuple[int, list[Message], KeyedQuestion]] = []
     for row in questions:
         text = row["question"] + ("" if is_chat else "\n")
         messages = [*system_messages(system), {"role": "user", "content": text}]
-        ids = chat_model.prompt_ids(messages, settings.max_new_tokens)
-        if len(ids) >= limit:
-            raise UserError(f"{row['where']}: the question has {len(ids)} tokens, the model's limit is {limit}")
-        prompts.append((ids, row))
-    prompts.sort(key=lambda prompt: len(prompt[0]))
+        size = len(Reply(options).next_prompt(chat_model, options.add_tools(messages), settings.max_new_tokens))
+        if size >= limit:
+            raise UserError(f"{row['where']}: the question has {size} tokens, the model's limit is {limit}")
+        prompts.append((size, messages, row))
+    prompts.sort(key=lambda prompt: prompt[0])
     batches = [prompts[i : i + QUESTIONS_PER_BATCH] for i in range(0, len(prompts), QUESTIONS_PER_BATCH)]
     for batch in with_progress(batches, "questions"):
-        answers = chat_model.generate([ids for ids, _ in batch], settings)
-        for (_, row), answer in zip(batch, answers, strict=True):
-            row |= {"answer": answer.text.strip(), "correct": is_correct(answer.text, row["keys"])}
-            tokens += len(answer.ids)
+        replies = complete_replies(chat_model, [messages for _, messages, _ in batch], settings, options)
+        for (_, _, row), reply in zip(batch, replies, strict=True):
+            row |= {"answer": reply.text.strip(), "correct": is_correct(reply.text, row["keys"])}
+            row["calls"] = reply.num_calls
+            tokens += reply.num_tokens
     return tokens
 
 
@@ -66,16 +75,20 @@ def chat_accuracy(chat_model: ChatModel, questions: list[KeyedQuestion]) -> dict
 
 
 def evaluate_questions(
-    chat_model: ChatModel, questions: list[KeyedQuestion], system: str = "", max_new_tokens: int | None = None
+    chat_model: ChatModel,
+    questions: list[KeyedQuestion],
+    system: str = "",
+    max_new_tokens: int | None = None,
+    options: ToolOptions = NO_TOOLS,
 ) -> tuple[dict[str, Any], int, float]:
     """Answer all questions and print the table of accuracies; returns (scores and answers, tokens, seconds)."""
     from rich.console import Console
     from rich.table import Table
 
     started = time.perf_counter()
-    tokens = answer_questions(chat_model, questions, system, max_new_tokens)
+    tokens = answer_questions(chat_model, questions, system, max_new_tokens, options)
     seconds = time.perf_counter() - started
-    fields = ("question", "answer", "keys", "correct", "lang", "kind")
+    fields = ("question", "answer", "keys", "correct", "lang", "kind", *(["calls"] if options.tools else []))
     answers = [{name: row[name] for name in fields} for row in questions]
     kinds = {kind: accuracy_by_language(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
     total = accuracy_by_language(questions)

@@ -7,13 +7,22 @@
 
 A line that begins with / is a command (`/help` lists them); any other line is a message to the model. Ctrl-C stops the
 answer; at the prompt it prints the hint about /exit. `/save` writes the conversation in the format of
-`data_process.py sft`, so corrected answers can become training data.
-Called by 2-eval.py. Read next: chat_model.py (generation).
+`data_process.py sft`, so corrected answers can become training data. Thoughts, calls of tools and their results are
+printed under headings, and dimmed on a terminal:
+
+    > What is 17 times 23?
+    [call] calculator {"expression": "17 * 23"}
+    [result] 391
+    [answer]
+    17 times 23 is 391.
+
+Called by 2-eval.py. Read next: tool_loop.py (a reply), chat_model.py (generation).
 """
 
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +31,9 @@ from common.errors import UserError, escape_controls, require_nonempty_text
 from common.files import write_text
 from evaluation.chat_model import ChatModel
 from evaluation.qa_data import system_messages
+from evaluation.tool_loop import NO_TOOLS, Reply, ReplyPart, ToolOptions, stream_reply
+from evaluation.tools import find_tools
 from model.chat_template import Message
-from model.completion import Completion
 from model.sampling import SamplingParams
 from model.sampling_presets import SAMPLING_SETTINGS, format_settings, merge_settings
 
@@ -33,68 +43,79 @@ COMMAND_HELP = """/reset              clear the conversation
 /save [FILE]        write the conversation to a jsonl file (input of data_process.py sft)
 /system [TEXT]      set the system message; without TEXT remove it
 /history [N]        put the last N turns into the prompt (0: only the question); without N all turns
+/tools [NAMES]      tools that the model may call, as calculator,clock; without NAMES none
+/thinking off       off: an empty thought before each answer; on, auto: the model decides
 /temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /frequency_penalty /penalty_window
                     /no_repeat_ngram_size /max_new_tokens /seed; without a number: show the settings
 /num_beams 4        beam search (temperature 0), prints complete answers; also /length_penalty
 /exit               quit"""
 
+HEADINGS = {"reasoning": "[thought]\n", "content": "[answer]\n", "tool_call": "[call] ", "tool_result": "[result] "}
+THINKING = {"on": True, "off": False, "auto": None}
+
 
 class TerminalChat:
     """A conversation; a prompt contains its last `history` turns, or all if None. Counts tokens and seconds.
 
-    Raises UserError for a blank system message.
+    Raises UserError for a blank system message, and for tools if the model's chat format has none.
     """
 
     def __init__(
-        self, chat_model: ChatModel, settings: SamplingParams, system: str = "", history: int | None = None
+        self,
+        chat_model: ChatModel,
+        settings: SamplingParams,
+        system: str = "",
+        history: int | None = None,
+        options: ToolOptions = NO_TOOLS,
     ) -> None:
-        self.chat_model, self.settings, self.history = chat_model, settings, history
+        options.check(chat_model)
+        self.chat_model, self.settings, self.history, self.options = chat_model, settings, history, options
         self.system = system_messages(system)
         self.messages: list[Message] = []
         self.answers: list[dict[str, Any]] = []
         self.tokens, self.seconds = 0, 0.0
 
     def send_message(self, text: str, is_interactive: bool = True) -> None:
-        """Print the model's answer; append question and answer to the messages unless generation fails.
+        """Print the model's reply; append question and reply to the messages unless generation fails.
 
-        If `is_interactive`, Ctrl-C stops the answer and keeps its text, and the speed is printed.
+        If `is_interactive`, Ctrl-C stops the reply and keeps its text, and the speed is printed.
         """
         question: Message = {"role": "user", "content": require_nonempty_text(text, "the question")}
-        past = self.messages if self.history is None else self.messages[max(0, len(self.messages) - 2 * self.history) :]
-        answer, started = Completion(), time.perf_counter()
+        past = self.messages if self.history is None else last_turns(self.messages, self.history)
+        reply, printer, started = Reply(self.options), ReplyPrinter(), time.perf_counter()
         try:
-            prompt = self.chat_model.prompt_ids([*self.system, *past, question], self.settings.max_new_tokens)
-            for piece in self.chat_model.stream(prompt, self.settings, answer):
-                print(escape_controls(piece, keep="\n\t"), end="", flush=True)
+            for part in stream_reply(self.chat_model, [*self.system, *past, question], self.settings, reply):
+                printer.show(part)
         except KeyboardInterrupt:
             if not is_interactive:
                 raise
-            answer.finish_reason = "stopped"
+            reply.stop(self.chat_model)
             print(" [stopped]", end="")
         except ValueError as error:  # the prompt is too long
             raise UserError(str(error)) from None
         print(flush=True)
-        tokens, seconds = len(answer.ids), max(time.perf_counter() - started, 1e-9)
+        tokens, seconds = reply.num_tokens, max(time.perf_counter() - started, 1e-9)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        self.answers.append(
-            {"prompt": question["content"], "answer": answer.text, "finish_reason": answer.finish_reason}
-        )
-        if answer.text or answer.finish_reason != "stopped":
-            self.messages += [question, {"role": "assistant", "content": answer.text}]
+        answer = {"prompt": question["content"], "answer": reply.text, "finish_reason": reply.finish_reason}
+        has_parts = len(reply.messages) > 1 or any(len(message) > 2 for message in reply.messages)
+        self.answers.append(answer | ({"messages": reply.messages} if has_parts else {}))
+        if reply.messages:
+            self.messages += [question, *reply.messages]
         if is_interactive:
             print(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s]", flush=True)
 
     def retry(self) -> None:
-        """Replace the last answer; keep it if generation fails. Raises UserError for an empty conversation."""
+        """Replace the last reply; keep it if generation fails. Raises UserError for an empty conversation."""
         if not self.messages:
             raise UserError("the conversation is empty")
-        *self.messages, question, old = self.messages
+        last = last_turns(self.messages, 1)
+        self.messages = self.messages[: len(self.messages) - len(last)]
         before = len(self.messages)
         try:
-            self.send_message(question["content"])
+            self.send_message(last[0]["content"])
         finally:
             if len(self.messages) == before:
-                self.messages += [question, old]
+                self.messages += last
 
     def save(self, path: Path) -> None:
         """Write one line with the chat, or for a pretrained model one line per continued text. Raises UserError."""
@@ -103,11 +124,35 @@ class TerminalChat:
         if path.exists():
             raise UserError(f"{path} exists already: name another file")
         if self.chat_model.is_chat_model:
-            rows: list[dict[str, object]] = [{"messages": self.system + self.messages}]
+            rows: list[dict[str, object]] = [{"messages": self.options.add_tools(self.system + self.messages)}]
         else:
             texts = [message["content"] for message in self.messages]
             rows = [{"text": prompt + more} for prompt, more in zip(texts[::2], texts[1::2], strict=True)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def last_turns(messages: list[Message], count: int) -> list[Message]:
+    """The messages of the last turns. A turn begins at a user message and has all answers and results after it."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return messages[starts[max(0, len(starts) - count)] :] if count and starts else []
+
+
+class ReplyPrinter:
+    """Prints the parts of a reply; a heading stands before all but a plain answer."""
+
+    def __init__(self) -> None:
+        self.kind = "content"  # of the last part
+        self.is_line_start = True
+        self.codes = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")  # dim, normal
+
+    def show(self, part: ReplyPart) -> None:
+        text = escape_controls(part.text, keep="\n\t")
+        if text and (part.kind != self.kind or part.kind.startswith("tool_")):
+            text = ("" if self.is_line_start else "\n") + HEADINGS[part.kind] + text
+        if text:
+            before, after = ("", "") if part.kind == "content" else self.codes
+            print(f"{before}{text}{after}", end="", flush=True)
+            self.kind, self.is_line_start = part.kind, text.endswith("\n")
 
 
 def run_terminal_chat(chat: TerminalChat, out_dir: str) -> None:
@@ -153,6 +198,8 @@ def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
     elif name == "history":
         chat.history = _parse_history(value) if value else None
         message = f"history: last {chat.history} turns" if value else "history: all turns"
+    elif name in ("tools", "thinking"):
+        message = _change_options(chat, name, value)
     elif name in SAMPLING_SETTINGS:
         message = _change_sampling(chat, name, value)
     else:
@@ -164,6 +211,19 @@ def _parse_history(value: str) -> int:
     if not value.isdecimal():
         raise UserError(f"/history {value}: must be a whole number of at least 0")
     return int(value)
+
+
+def _change_options(chat: TerminalChat, name: str, value: str) -> str:
+    """Change the tools or the thinking switch; returns the state as text. Raises UserError."""
+    if name == "thinking":
+        if value not in THINKING:
+            raise UserError(f"/thinking {value}: give on, off or auto")
+        chat.options = dataclasses.replace(chat.options, enable_thinking=THINKING[value])
+        return f"thinking: {value}"
+    options = dataclasses.replace(chat.options, tools=tuple(find_tools(value, chat.options.lookup_file)))
+    options.check(chat.chat_model)
+    chat.options = options
+    return f"tools: {', '.join(tool.name for tool in options.tools) or 'none'}"
 
 
 def _change_sampling(chat: TerminalChat, name: str, value: str) -> str:

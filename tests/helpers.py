@@ -1,5 +1,6 @@
 """Test helpers: run scripts in this process or a subprocess, write small datasets, create tiny models."""
 
+import collections
 import contextlib
 import importlib.util
 import itertools
@@ -21,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 from common import cli
 from common.errors import UserError
 from model.checkpoint import save_model
+from model.completion import Completion
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, tokenizer_files
 from model.transformer import Transformer
@@ -74,7 +76,35 @@ def start_chat(*arguments):
     """The terminal chat of 2-eval.py with these command-line arguments."""
     script = load_script("2-eval.py")
     config = cli.parse(script.EvalConfig, "", [*map(str, arguments)])
-    return script.start_chat(config, script.open_chosen_model(config), config.history)
+    return script.start_chat(config, script.open_chosen_model(config), config.history, script.tool_options(config))
+
+
+def script_answers(monkeypatch, *texts: str, finish_reason: str = "stop") -> list[str]:
+    """Make all chat models generate these texts in turn, in pieces; returns the list of their prompts, as text."""
+    left, prompts = iter(texts), []
+
+    def stream(model, ids, settings, tokenizer, completion, decoder=None):
+        if len(ids) > model.config.max_seq_len:
+            raise ValueError("the prompt is too long")
+        prompts.append(tokenizer.decode(ids))
+        return pieces_of(next(left), completion)
+
+    def pieces_of(text, completion):
+        for start in range(0, len(text), 3):
+            completion.ids.append(0)
+            completion.text += text[start : start + 3]
+            yield text[start : start + 3]
+        completion.finish_reason = finish_reason
+
+    def generate(model, batch, settings, tokenizer, decoder=None):
+        completions = [Completion() for _ in batch]
+        for ids, completion in zip(batch, completions, strict=True):
+            collections.deque(stream(model, ids, settings, tokenizer, completion), maxlen=0)
+        return completions
+
+    monkeypatch.setattr("evaluation.chat_model.stream", stream)
+    monkeypatch.setattr("evaluation.chat_model.generate", generate)
+    return prompts
 
 
 def run_process(*command, **options) -> subprocess.CompletedProcess:

@@ -49,9 +49,9 @@ def model_inputs(monkeypatch):
     """The contents of the messages of each prompt."""
     inputs = []
 
-    def prompt_ids(chat_model, messages, max_new_tokens, original=ChatModel.prompt_ids):
+    def prompt_ids(chat_model, messages, max_new_tokens, enable_thinking=None, original=ChatModel.prompt_ids):
         inputs.append([message["content"] for message in messages])
-        return original(chat_model, messages, max_new_tokens)
+        return original(chat_model, messages, max_new_tokens, enable_thinking)
 
     monkeypatch.setattr(ChatModel, "prompt_ids", prompt_ids)
     return inputs
