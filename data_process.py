@@ -3,6 +3,7 @@
     python data_process.py pretrain FILES…     text  -> dataset/pretrain/  token shards, split by content hash
     python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
     python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, for chosen and rejected answers
+    python data_process.py rl FILES…           chats -> dataset/rl/        prompts with references, without tokens
     python data_process.py sft FILES… --check  prints statistics and samples (trained tokens marked), writes nothing
     python data_process.py sft FILES… --scorer out/pretrain_512.pth --keep_entropy 10%,90%
                                                keeps the chats between two percentiles of the model's cross-entropy
@@ -15,8 +16,8 @@
 
 FILES are txt, jsonl, json, csv, parquet or arrow, also compressed as .gz .xz .zst .bz2, or folders of them;
 dataset/README.md describes the formats. pretrain, sft and dpo need a tokenizer (train_tokenizer.py).
-Read next: corpus/prepare_text.py and corpus/prepare_chats.py (the steps), 1-pretrain.py (trains on the data),
-curation/commands.py (clean, dedup, decontaminate, download).
+Read next: corpus/prepare_text.py, corpus/prepare_chats.py and corpus/prepare_prompts.py (the steps), 1-pretrain.py
+(trains on the data), curation/commands.py (clean, dedup, decontaminate, download).
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +25,22 @@ from dataclasses import dataclass, replace
 from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.locks import lock_output
-from corpus.data_config import ChatDataConfig, DataConfig, DpoDataConfig, PretrainDataConfig, SftDataConfig
+from corpus.data_config import (
+    ChatDataConfig,
+    DataConfig,
+    DpoDataConfig,
+    PretrainDataConfig,
+    PromptDataConfig,
+    SftDataConfig,
+)
 from corpus.dataset_writer import check_replaceable, dataset_staging_folder
 from corpus.input_files import expand_inputs
 from corpus.job_state import PROGRESS_FILE
 from corpus.layouts import print_layouts
 from corpus.prepare_chats import prepare_chats
+from corpus.prepare_prompts import prepare_prompts
 from corpus.prepare_text import prepare_text
-from corpus.preview import print_samples, sample_examples
+from corpus.preview import print_prompts, print_samples, sample_examples, sample_prompts
 from corpus.progress import reading_progress_bar
 from corpus.stats import DataStats
 from corpus.stats_tables import print_stats
@@ -49,6 +58,7 @@ DATA_COMMANDS = {
     "pretrain": PretrainDataConfig,
     "sft": FilteredSftConfig,
     "dpo": DpoDataConfig,
+    "rl": PromptDataConfig,
     **commands.CURATION_COMMANDS,
 }
 
@@ -59,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     if command in commands.CURATION_COMMANDS:
         return commands.run_curation_command(command, config)
     config = replace(config, files=tuple(expand_inputs(config.files)))
-    tokenizer = config.load_tokenizer()
+    tokenizer = config.load_tokenizer() if command != "rl" else None
     chat_filter = make_filter(config) if command == "sft" and config.scorer else None
     if config.check_only:
         return preview_dataset(config, tokenizer, chat_filter)
@@ -76,9 +86,11 @@ def make_filter(config: FilteredSftConfig) -> PerplexityFilter:
 
 
 def write_dataset(
-    config: PretrainDataConfig | ChatDataConfig, tokenizer: ChatTokenizer, chat_filter: PerplexityFilter | None
+    config: PretrainDataConfig | ChatDataConfig | PromptDataConfig,
+    tokenizer: ChatTokenizer,
+    chat_filter: PerplexityFilter | None,
 ) -> None:
-    """Write the dataset to --out_dir and print the statistics of its rows."""
+    """Write the dataset to --out_dir and print the statistics of its rows. Prompts need no tokenizer."""
     if check_replaceable(config.out_dir):
         print(f"{config.out_dir} holds an older dataset: it is replaced when the new one is complete")
     staging, stats = dataset_staging_folder(config.out_dir), config.new_stats()
@@ -88,6 +100,8 @@ def write_dataset(
         with reading_progress_bar(config.files, stats) as on_batch:
             if isinstance(config, PretrainDataConfig):
                 meta = prepare_text(config, tokenizer, stats, on_batch)
+            elif isinstance(config, PromptDataConfig):
+                meta = prepare_prompts(config, stats, on_batch)
             else:
                 meta = prepare_chats(config, tokenizer, stats, on_batch, chat_filter)
     except (UserError, KeyboardInterrupt):
@@ -98,8 +112,10 @@ def write_dataset(
     if chat_filter:
         print_histogram(chat_filter)
     print_too_long(stats)
-    summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
-    print(f"written: {config.out_dir} (tokens: {summary})")
+    unit, sizes = "prompts", meta.get("rows", {})
+    if "splits" in meta:
+        unit, sizes = "tokens", {name: split["tokens"] for name, split in meta["splits"].items()}
+    print(f"written: {config.out_dir} ({unit}: {', '.join(f'{name} {size:,}' for name, size in sizes.items())})")
     print(f"next: python {config.training_script} --data_path {config.out_dir}")
 
 
@@ -107,10 +123,16 @@ def preview_dataset(config: DataConfig, tokenizer: ChatTokenizer, chat_filter: P
     """Print the statistics and some samples of the dataset that the command would write."""
     stats = config.new_stats()
     with reading_progress_bar(config.files, stats) as on_batch:
-        samples = sample_examples(config, tokenizer, stats, on_batch, chat_filter)
+        if isinstance(config, PromptDataConfig):
+            prompts = sample_prompts(config, stats, on_batch)
+        else:
+            samples = sample_examples(config, tokenizer, stats, on_batch, chat_filter)
     print_stats(stats)
     print_too_long(stats)
-    print_samples(samples, tokenizer, ("chosen", "rejected") if isinstance(config, DpoDataConfig) else ())
+    if isinstance(config, PromptDataConfig):
+        print_prompts(prompts)
+    else:
+        print_samples(samples, tokenizer, ("chosen", "rejected") if isinstance(config, DpoDataConfig) else ())
     if not stats.kept:
         raise UserError("these files have no trainable row: see the table of rows above")
     if chat_filter:

@@ -1,4 +1,4 @@
-"""Settings of `data_process.py pretrain`, `sft` and `dpo`.
+"""Settings of `data_process.py pretrain`, `sft`, `dpo` and `rl`.
 
 Read next: data_flags.py (flags of all commands), prepare_text.py and prepare_chats.py (the steps).
 """
@@ -11,8 +11,8 @@ from common.cli import flag
 from common.errors import UserError
 from common.flag_types import fraction_below_one, non_negative_int, path_string, positive_int
 from corpus.data_flags import DataFlags
-from corpus.examples import ChatExample, PairExample, TextExample
-from corpus.read_examples import read_chat_examples, read_documents, read_pair_examples
+from corpus.examples import ChatExample, PairExample, PromptExample, TextExample
+from corpus.read_examples import read_chat_examples, read_documents, read_pair_examples, read_prompt_examples
 from corpus.stats import DataStats
 from model.chat_template import CHAT_FORMATS
 from model.tokenizer import ChatTokenizer, load_tokenizer
@@ -24,7 +24,6 @@ class DataConfig(DataFlags):
 
     training_script: ClassVar[str]
 
-    tokenizer: str = flag("model/tokenizer", "folder of the tokenizer", type=path_string)
     val_fraction: float = flag(
         0.01, "fraction held out for validation", type=fraction_below_one, aliases=("val_share",)
     )
@@ -34,6 +33,13 @@ class DataConfig(DataFlags):
     def read_examples(self, stats: DataStats) -> Iterator[Any]:
         """Yield the examples of `files`; count the other rows in `stats`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TokenDataConfig(DataConfig):
+    """Settings of the kinds of data that are stored as tokens."""
+
+    tokenizer: str = flag("model/tokenizer", "folder of the tokenizer", type=path_string)
 
     def load_tokenizer(self) -> ChatTokenizer:
         """Load the tokenizer. Raises UserError with the command that trains one."""
@@ -47,7 +53,7 @@ class DataConfig(DataFlags):
 
 
 @dataclass(frozen=True)
-class PretrainDataConfig(DataConfig):
+class PretrainDataConfig(TokenDataConfig):
     """text (or chats, as plain text) -> token shards for 1-pretrain.py"""
 
     training_script = "1-pretrain.py"
@@ -62,7 +68,7 @@ class PretrainDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ChatDataConfig(DataConfig):
+class ChatDataConfig(TokenDataConfig):
     """Settings that chats and pairs of answers share."""
 
     example_type: ClassVar[type[ChatExample] | type[PairExample]]
@@ -114,3 +120,16 @@ class DpoDataConfig(ChatDataConfig):
 
     def read_examples(self, stats: DataStats) -> Iterator[PairExample]:
         return read_pair_examples(self.files, stats, self.reader)
+
+
+@dataclass(frozen=True)
+class PromptDataConfig(DataConfig):
+    """questions and answers, or chats -> jsonl of prompts with references for 6-grpo_train.py"""
+
+    training_script = "6-grpo_train.py"
+
+    out_dir: str = "dataset/rl"
+    val_fraction: float = 0.05  # prompts are few
+
+    def read_examples(self, stats: DataStats) -> Iterator[PromptExample]:
+        return read_prompt_examples(self.files, stats, self.reader)

@@ -25,6 +25,7 @@ PREPARE_COMMANDS = {  # by kind of data
     "pretrain": "python data_process.py pretrain FILES…",
     "chats": "python data_process.py sft FILES…",
     "pairs": "python data_process.py dpo FILES…",
+    "prompts": "python data_process.py rl FILES…",
 }
 TOKEN_DTYPES = ("uint16", "uint32")
 CHECKSUMMED_SUFFIXES = {".bin", ".idx.npy", ".crc"}  # the files of every shard; chats also have a .mask
@@ -165,5 +166,7 @@ def _first_and_last_bytes(path: Path, size: int = 1 << 20) -> bytes:
 def prepare_command(folder: Path, has_masks: bool = False) -> str:
     """The command that creates the folder, inferred from the folder's name."""
     names = (folder.name, folder.absolute().parent.name)
+    if folder.name.startswith("rl"):
+        return PREPARE_COMMANDS["prompts"]
     kind = "pairs" if any(name.startswith("dpo") for name in names) else "chats"
     return PREPARE_COMMANDS[kind if has_masks or folder.name.startswith(("sft", "dpo", "tokens-")) else "pretrain"]

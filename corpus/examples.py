@@ -1,4 +1,4 @@
-"""Examples of a dataset: documents, chats and pairs of answers; their hashes and batches.
+"""Examples of a dataset: documents, chats, pairs of answers and prompts; their hashes and batches.
 
 Read next: read_examples.py (rows -> examples), validation_split.py (train or validation).
 """
@@ -84,6 +84,26 @@ class PairExample:
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
         text = chat_text([*prompt, *chosen, *rejected])
         return cls(prompt, chosen, rejected, text, known_language(row), file=file, line=line)
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt with the reference of its answer. `text` is both, for statistics."""
+
+    messages: list[Message]
+    reference: str
+    text: str = ""
+    language: str = "en"
+    split_hash: int = 0  # 64-bit hash of the first question; chooses the split
+    content_hash: int = 0  # 64-bit hash of all messages
+    file: str = ""
+    line: int = 0
+
+    kind: ClassVar[str] = "prompts"
+
+    def to_row(self) -> dict[str, Any]:
+        """The example as a row of train.jsonl or val.jsonl, which prompt_data.py reads."""
+        return {"messages": self.messages, "reference": self.reference, "language": self.language}
 
 
 def known_language(row: dict[str, Any]) -> str:

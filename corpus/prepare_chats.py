@@ -79,39 +79,55 @@ def prepare_chats(
     return read_meta(Path(config.out_dir) / writer.shards.folder.name)
 
 
-class ChatWriter(DatasetWriter):
-    """Writes chats or pairs to train.jsonl and val.jsonl, and their tokens to the token folder."""
-
-    def __init__(self, config: ChatDataConfig, job: dict[str, Any], tokenizer: ChatTokenizer) -> None:
-        super().__init__(config.out_dir, job)
-        self.config, self.tokenizer = config, tokenizer
+class RowWriter(DatasetWriter):
+    """Writes examples to train.jsonl and val.jsonl."""
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.num_done = saved.get("items", 0)
         self.rows = saved.get("rows", {"train": 0, "val": 0})
         checksums = saved.get("checksums", {})
         self.files = {name: ChecksummedFile(self.folder / name, *checksums.get(name, [])) for name in ROW_FILES}
-        folder = self.folder / token_folder_name(self.tokenizer)
-        self.open_shards(folder, self.tokenizer.vocab_size, saved.get("tokens"))
 
     def state(self) -> dict[str, Any]:
-        tokens = {"writers": self.shards.states(), "report": self.stats.to_dict()}
-        return {"items": self.num_done, "rows": self.rows, "tokens": tokens, "checksums": self.checksums()}
+        return {"items": self.num_done, "rows": self.rows, "checksums": self.checksums()}
 
     def checksums(self) -> dict[str, list[Any]]:
         """[bytes, CRC-32] of train.jsonl and val.jsonl so far."""
         return {name: [file.size, file.checksum] for name, file in self.files.items()}
 
     def add(self, assigned: Assigned) -> None:
-        """Write and tokenize the examples that no earlier run has written; save the progress if it is due."""
+        """Write the examples that no earlier run has written; save the progress if it is due."""
         todo = self.skip_done(assigned)
         for split, example in todo:
             name = split.partition("_")[0]  # val_zh and val_en share val.jsonl
             line = json.dumps(example.to_row(), ensure_ascii=False) + "\n"
             self.files[f"{name}.jsonl"].write(line.encode())
             self.rows[name] += 1
-        append_chats(todo, self.tokenizer, self.config.max_seq_len, self.shards, self.stats)
+        self.tokenize(todo)
         self.save_progress_if_due()
+
+    def tokenize(self, todo: Assigned) -> None:
+        """Tokenize the examples that `add` has written."""
+
+
+class ChatWriter(RowWriter):
+    """Also writes the tokens of chats or pairs to the token folder."""
+
+    def __init__(self, config: ChatDataConfig, job: dict[str, Any], tokenizer: ChatTokenizer) -> None:
+        super().__init__(config.out_dir, job)
+        self.config, self.tokenizer = config, tokenizer
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        super().restore(saved)
+        folder = self.folder / token_folder_name(self.tokenizer)
+        self.open_shards(folder, self.tokenizer.vocab_size, saved.get("tokens"))
+
+    def state(self) -> dict[str, Any]:
+        tokens = {"writers": self.shards.states(), "report": self.stats.to_dict()}
+        return super().state() | {"tokens": tokens}
+
+    def tokenize(self, todo: Assigned) -> None:
+        append_chats(todo, self.tokenizer, self.config.max_seq_len, self.shards, self.stats)
 
     def finish(self, stats: DataStats) -> None:
         """Finish all files. Raises UserError if no example is in the train split."""

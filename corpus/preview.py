@@ -2,6 +2,7 @@
 
     trained tokens of a chat: coloured, or [[in brackets]] if stdout is not a terminal
     text: split into tokens by |
+    prompts: their messages, and their references
 
 Read next: prepare_text.py and prepare_chats.py (the same steps, with a writer).
 """
@@ -13,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from corpus.data_config import ChatDataConfig, DataConfig
-from corpus.examples import next_batch
+from corpus.data_config import ChatDataConfig, DataConfig, PromptDataConfig
+from corpus.examples import PromptExample, next_batch
 from corpus.prepare_chats import ChatFilter
 from corpus.prepare_text import tokenize_texts
 from corpus.stats import DataStats
@@ -52,6 +53,27 @@ def sample_examples(
         samples = heapq.nlargest(config.samples, samples + found)
         on_batch()
     return samples
+
+
+def sample_prompts(
+    config: PromptDataConfig, stats: DataStats, on_batch: Callable[[], None] = lambda: None
+) -> list[PromptExample]:
+    """`config.samples` of the prompts of `config.files`: those with the lowest hashes."""
+    samples: list[PromptExample] = []
+    examples = config.read_examples(stats)
+    while batch := next_batch(examples):
+        samples = heapq.nsmallest(config.samples, samples + batch, key=lambda example: example.split_hash)
+        on_batch()
+    return samples
+
+
+def print_prompts(samples: list[PromptExample]) -> None:
+    """Print the messages and the references of prompts."""
+    for example in samples:
+        print(f"\n--- prompt, {example.file}:{example.line} ({example.language})")
+        for message in example.messages:
+            print(f"{message['role']}: {message['content']}")
+        print(f"reference: {example.reference}")
 
 
 def print_samples(samples: list[Sample], tokenizer: ChatTokenizer, names: Sequence[str] = ()) -> None:

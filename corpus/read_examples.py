@@ -3,6 +3,7 @@
     read_documents(paths, stats)        -> TextExample    for `data_process.py pretrain`
     read_chat_examples(paths, stats)    -> ChatExample    for `sft`
     read_pair_examples(paths, stats)    -> PairExample    for `dpo`
+    read_prompt_examples(paths, stats)  -> PromptExample  for `rl`
 
 Duplicates are recognised by 64-bit hashes, which take about 80 bytes per example.
 Read next: readers.py (files -> rows), row_text.py (row -> text, chat or pair), validation_split.py.
@@ -13,7 +14,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from corpus.chats import Message, chat_text, is_trained
-from corpus.examples import ChatExample, PairExample, TextExample, messages_hash, question_hash, text_hash
+from corpus.examples import (
+    ChatExample,
+    PairExample,
+    PromptExample,
+    TextExample,
+    messages_hash,
+    question_hash,
+    text_hash,
+)
 from corpus.language import detect_language
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowReader
@@ -99,3 +108,32 @@ def read_pair_examples(
         stats.row_changed(content.changes, content.unused, file, line)
         hashes = question_hash(prompt), content_hash
         yield PairExample(prompt, chosen, rejected, content.text, detect_language(content.text), *hashes, file, line)
+
+
+def read_prompt_examples(
+    paths: Iterable[PathLike], stats: DataStats, reader: RowReader = DEFAULT_READER
+) -> Iterator[PromptExample]:
+    """Yield the prompts of the files: a chat up to its last answer, which is the reference.
+
+    They count as kept: they have no tokens. A prompt is used once, with its first reference. As for chats, the first
+    question determines the split.
+    """
+    references: dict[int, int] = {}  # hash of a prompt -> hash of its reference
+    for file, line, _, content in read_contents(paths, stats, "chat", reader.read_chat):
+        *prompt, answer = trim_unanswered(content.messages) or [{"role": "", "content": ""}]
+        content_hash, reference_hash = messages_hash(prompt), text_hash(answer["content"])
+        reason = ""
+        if not is_trained(answer) or not answer["content"].strip():
+            reason = "no answer with a text, so no reference"
+        elif content_hash in references:
+            same = references[content_hash] == reference_hash
+            reason = "exact duplicate" if same else "an earlier prompt with another reference"
+        if reason:
+            stats.row_dropped(reason, file, line)
+            continue
+        references[content_hash] = reference_hash
+        stats.row_changed(content.changes, content.unused, file, line)
+        text = chat_text([*prompt, answer])
+        language, hashes = detect_language(text), (question_hash(prompt), content_hash)
+        stats.row_kept(language, len(text), 0, len(text.encode()))
+        yield PromptExample(prompt, answer["content"], text, language, *hashes, file, line)

@@ -25,6 +25,7 @@ def print_stats(stats: DataStats) -> None:
     stats.print_notes()
     if stats.kept:
         _print_languages(stats)
+    if stats.tokens:
         _print_lengths(stats.histogram)
     if stats.trained_tokens:
         print(f"trained tokens: {stats.trained_tokens:,} ({stats.trained_tokens / stats.tokens:.1%} of all)")
@@ -34,12 +35,14 @@ def print_stats(stats: DataStats) -> None:
 
 
 def _print_languages(stats: DataStats) -> None:
-    headers = ("", "documents", "characters", "tokens", "fraction of tokens", "characters / token")
+    headers = ["", "documents", "characters", "tokens", "fraction of tokens", "characters / token"]
+    if not stats.tokens:  # prompts have none
+        headers = headers[:3]
     rows = []
     for language, counts in sorted(stats.languages.items(), reverse=True):
         cells = [f"{counts[name]:,}" for name in headers[1:4]]
         fraction, ratio = counts["tokens"] / max(stats.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
-        rows.append((language, *cells, f"{fraction:.1%}", f"{ratio:.2f}"))
+        rows.append((language, *cells, f"{fraction:.1%}", f"{ratio:.2f}")[: len(headers)])
     print_table("languages", headers, rows)
 
 

@@ -86,12 +86,12 @@ def finish_tokens(shards: ShardSet, tokenizer: ChatTokenizer, job: dict[str, Any
     `job`: token_inputs(...). `stats`: the counts for meta.json. `kind`: "chats" or "pairs".
     """
     if "train" not in shards.writers:
-        raise UserError(_no_data_message(kind.removesuffix("s"), stats))
+        raise UserError(no_data_message(kind.removesuffix("s"), stats))
     meta = {"kind": kind, "tokenizer": tokenizer.rendering_fingerprint, **job, "vocab_size": tokenizer.vocab_size}
     write_meta(shards.folder, meta | {"dtype": shards.dtype, "splits": shards.close(), "report": stats.to_dict()})
 
 
-def _no_data_message(what: str, stats: DataStats) -> str:
+def no_data_message(what: str, stats: DataStats) -> str:
     """The error message for an empty train split: the most frequent reasons for dropped rows, and what to do."""
     reasons = stats.dropped.by_count()[:3]
     why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)

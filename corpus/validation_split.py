@@ -7,19 +7,20 @@ chats the hashed content is the first question, so no question is in both splits
 same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples of
 a language, at least min(20, n / 20) are validation examples, those with the lowest hashes.
 
-Read next: examples.py (the examples), prepare_text.py and prepare_chats.py (write them to their splits).
+Read next: examples.py (the examples), prepare_text.py, prepare_chats.py and prepare_prompts.py (write
+them to their splits).
 """
 
 from collections.abc import Iterable
 from typing import TypeVar
 
-from corpus.examples import ChatExample, PairExample, TextExample
+from corpus.examples import ChatExample, PairExample, PromptExample, TextExample
 from corpus.language import LANGUAGES
 
 MIN_VALIDATION_EXAMPLES = 20  # per language; below 400 examples, a twentieth of them
 MAX_SAME_QUESTION = 20  # chats with the same first question that are split by it; later ones by the whole chat
 
-ExampleT = TypeVar("ExampleT", TextExample, ChatExample, PairExample)
+ExampleT = TypeVar("ExampleT", TextExample, ChatExample, PairExample, PromptExample)
 Assigned = list[tuple[str, ExampleT]]  # (split, example); a split is train, val_zh or val_en
 
 

@@ -68,7 +68,8 @@ def process(tmp_path, tokenizer_dir):
 
     def run(kind, *files, out=None, **flags):
         out_dir = tmp_path / (out or kind)
-        arguments = [kind, *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(out_dir)]
+        arguments = [kind, *map(str, files), "--out_dir", str(out_dir)]
+        arguments += ["--tokenizer", str(tokenizer_dir)] if kind != "rl" else []
         for name, value in flags.items():
             arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         data_process.main(arguments)

@@ -77,6 +77,7 @@ STAGES = (
     _data("sft", "chats", SHORT, **CHATS),
     _data("sft", "chats", f"{SHORT} --scorer IN/out/pretrain_16.pth --keep_share 0.5", name="sft_scored", **CHATS),
     _data("dpo", "pairs", SHORT, older="--val_share 0.3"),
+    _data("rl", "chats", "--val_share 0.1", **CHATS),
     _data("clean", "pretrain"),
     _data("dedup", "pretrain"),
     _data("dedup", "pretrain", "--executor local", name="dedup_many"),
