@@ -52,12 +52,14 @@ PARENT_STAGES: dict[str, tuple[str, ...]] = {
     "full_sft": ("pretrain",),
     "lora_sft": ("full_sft",),
     "dpo": ("lora_sft", "full_sft"),
+    "grpo": ("dpo", "lora_sft", "full_sft"),
 }
 STAGE_SCRIPTS = {
     "pretrain": "1-pretrain.py",
     "full_sft": "3-full_sft.py",
     "lora_sft": "4-lora_sft.py",
     "dpo": "5-dpo_train.py",
+    "grpo": "6-grpo_train.py",
 }
 
 

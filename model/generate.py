@@ -194,6 +194,14 @@ def _decode_all(
         model.train(was_training)
 
 
+def complete(
+    model: Transformer, tokenizer: ChatTokenizer, seqs: list[Sequence], decoder: DecodeModel | None = None
+) -> None:
+    """Generate all sequences to their end in one batch, each with its own settings. As `generate` otherwise."""
+    for _ in _decode_all(model, tokenizer, seqs, decoder):
+        pass
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -208,8 +216,7 @@ def generate(
     then finish_reason is "length". Raises ValueError for a prompt that is empty or longer than max_seq_len.
     """
     seqs = [Sequence(model, tokenizer, prompt, settings, Completion(), i) for i, prompt in enumerate(prompts)]
-    for _ in _decode_all(model, tokenizer, seqs, decoder):
-        pass
+    complete(model, tokenizer, seqs, decoder)
     return [seq.completion for seq in seqs]
 
 

@@ -42,7 +42,7 @@ from trainer.state_files import (
 )
 from trainer.train_state import TrainState, complete_steps, resume_path, step_folders
 
-Train = Callable[[TrainConfig, Stage, DistContext], Path]
+Train = Callable[..., Path]  # (config, stage, dist, and more)
 
 
 def with_run_lock(train: Train) -> Train:
@@ -52,7 +52,7 @@ def with_run_lock(train: Train) -> Train:
     """
 
     @functools.wraps(train)
-    def train_locked(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
+    def train_locked(config: TrainConfig, stage: Stage, dist: DistContext, *more: Any) -> Path:
         path = stage.checkpoint_path(config.out_dir)
         with contextlib.ExitStack() as stack:
             with shared_errors(dist, f"lock {path}"):
@@ -60,7 +60,7 @@ def with_run_lock(train: Train) -> Train:
                     stack.enter_context(lock_output(path, "wait for it, or choose another --out_dir"))
                     remove_leftovers(path.with_suffix(".*"))
                     remove_leftovers(resume_path(path) / "*")
-            return train(config, stage, dist)
+            return train(config, stage, dist, *more)
 
     return train_locked
 

@@ -10,7 +10,7 @@ Read next: sampler.py (which rows make up a step), chat_data.py (jsonl -> token 
 files).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
-from corpus.dataset_meta import PREPARE_COMMANDS, read_meta
+from corpus.dataset_meta import PREPARE_COMMANDS, data_fingerprint, read_meta
 from corpus.shard_reader import open_split
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX
@@ -63,10 +63,12 @@ def _every_shard(shard: dict[str, Any]) -> bool:
 class TokenDataset:
     """Base of the datasets: random access by row id.
 
-    folder: the data folder. mixture: weights of a data mixture, for the lineage of the checkpoint.
+    folder: the data folder. mixture: weights of a data mixture, for the lineage of the checkpoint. group_size: number
+    of answers that are sampled to a row.
     """
 
     folder: Path
+    group_size = 1
     mixture: Mapping[str, Any] = MappingProxyType({})
 
     def __len__(self) -> int:
@@ -79,6 +81,10 @@ class TokenDataset:
     def lengths(self) -> np.ndarray | None:
         """Return the tokens of every row, (len,), or None if all rows have the same length."""
         return None
+
+    def fingerprint(self) -> str:
+        """Return a fingerprint of the data, which a resumed run must share with the interrupted one."""
+        return data_fingerprint(self.folder)
 
     def batch_sampler(self, global_batch_size: int, seed: int) -> BatchSampler:
         """Return the sampler that selects the rows of each step."""
@@ -134,11 +140,18 @@ class ChatDataset(TokenDataset):
 
     def batch(self, row_ids: np.ndarray) -> Batch:
         chats = [self.tokens.read_document(int(row)) for row in row_ids]
+        return self.collate(chats, self.pad_id, self.max_width, row_ids)
+
+    @staticmethod
+    def collate(
+        chats: Sequence[tuple[np.ndarray, np.ndarray | None]], pad_id: int, max_width: int, row_ids: np.ndarray
+    ) -> Batch:
+        """Stack chats, each (ids, mask), into a batch whose width is a multiple of WIDTH_MULTIPLE or `max_width`."""
         width = max(len(ids) for ids, _ in chats) - 1
-        width = min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_width)
-        input_ids = np.full((len(row_ids), width), self.pad_id, dtype=np.int64)
-        labels = np.full((len(row_ids), width), IGNORE_INDEX, dtype=np.int64)
-        token_mask = np.zeros((len(row_ids), width), dtype=bool)
+        width = min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max_width)
+        input_ids = np.full((len(chats), width), pad_id, dtype=np.int64)
+        labels = np.full((len(chats), width), IGNORE_INDEX, dtype=np.int64)
+        token_mask = np.zeros((len(chats), width), dtype=bool)
         for i, (ids, mask) in enumerate(chats):
             assert mask is not None, "chats carry a mask"
             token_mask[i, : len(ids) - 1] = True

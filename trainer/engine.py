@@ -163,8 +163,8 @@ class Engine:
                     del optimizer.state[parameter]  # it had no optimizer step before the save
         saved.load({name: tensor for name, tensor in self.state_dict().items() if name.startswith("optimizer.")})
 
-    def gather_weights(self) -> None:
-        """Copy the weights to stage.model on rank 0. Unsharded weights are the same tensors."""
+    def gather_weights(self, everywhere: bool = False) -> None:
+        """Copy the weights to stage.model, on rank 0 or on every rank. Unsharded weights are the same tensors."""
 
     def close(self) -> None:
         """Release the resources of the engine."""
@@ -226,11 +226,11 @@ class FSDPEngine(Engine):
             self.module.reshard()  # without a backward pass the gathered weights would stay in memory
 
     @torch.no_grad()
-    def gather_weights(self) -> None:
+    def gather_weights(self, everywhere: bool = False) -> None:
         target = dict(self.stage.model.named_parameters())
         for name, parameter in self.trainable_parameters().items():
             whole = parameter.full_tensor()  # type: ignore[attr-defined]
-            if self.dist.is_rank0:
+            if self.dist.is_rank0 or everywhere:
                 target[name].copy_(whole)
 
 

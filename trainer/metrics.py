@@ -117,13 +117,20 @@ class MetricLogger:
             self.print(self.reference.statement(self.rows, is_last=row["step"] == self.total_steps))
 
     def log_validation(self, row: MetricRow) -> None:
-        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}; with pairs reward metrics instead."""
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}; with pairs reward metrics instead.
+
+        Rollouts have {"val_reward": {split: x}, "val_pass@1": {split: x}}.
+        """
         if not self.is_rank0:
             return
-        if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # repeated by a resumed run
+        is_known = any(old["step"] == row["step"] and is_validation(old) for old in self.rows)
+        if not is_known:  # else repeated by a resumed run
             self.write_row(row)
-        shown = []
-        for split, loss in row["val_loss"].items():
+        shown = [
+            f"{split}{format_reward_metrics(reward, row['val_pass@1'][split])}"
+            for split, reward in row.get("val_reward", {}).items()
+        ]
+        for split, loss in row.get("val_loss", {}).items():
             if "bits_per_byte" in row:
                 more = f" = {row['bits_per_byte'][split]:.3f} bits/byte"
             else:
@@ -188,13 +195,20 @@ def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:
     return rows
 
 
+def is_validation(row: MetricRow) -> bool:
+    """Whether a row of a log is a validation: with the losses or, of rollouts, the rewards of held-out rows."""
+    return "val_loss" in row or "val_reward" in row
+
+
 def is_log_row(row: Any) -> bool:
     """Whether `row` is a valid row of a log: it has a step, and its losses are numbers, in validations by split."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    by_split = row.get("val_loss", {})
+    by_split = [row.get(name, {}) for name in ("val_loss", "val_reward", "val_pass@1")]
     losses = [row["loss"]] if "loss" in row else []
-    return isinstance(by_split, dict) and all(type(loss) in (int, float) for loss in [*losses, *by_split.values()])
+    return all(isinstance(values, dict) for values in by_split) and all(
+        type(number) in (int, float) for number in [*losses, *(each for values in by_split for each in values.values())]
+    )
 
 
 def format_metrics(row: MetricRow) -> str:
@@ -203,6 +217,10 @@ def format_metrics(row: MetricRow) -> str:
     eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
     memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
     pairs = format_preference_metrics(row["reward_accuracy"], row["reward_margin"]) if "reward_accuracy" in row else ""
+    if "reward" in row:
+        pairs = (
+            format_reward_metrics(row["reward"], row["pass@1"]) + f" entropy {row['entropy']:.3f} kl {row['kl']:.4f}"
+        )
     speed = f"{row['tokens_per_second']:,.0f} tok/s" + (f" {format_flops(row)}" if "tflops" in row else "")
     return f"loss {row['loss']:.3f}{pairs} lr {row['lr']:.2e} {speed}{eta}{memory}"
 
@@ -214,6 +232,10 @@ def format_flops(metrics: dict[str, float]) -> str:
 
 def format_preference_metrics(accuracy: float, margin: float) -> str:
     return f" accuracy {accuracy:.1%} margin {margin:.3f}"
+
+
+def format_reward_metrics(reward: float, passed: float) -> str:
+    return f" reward {reward:.3f} pass@1 {passed:.1%}"
 
 
 def open_wandb(project: str, name: str | None, config: MetricRow) -> Callable[[MetricRow], None]:

@@ -54,11 +54,12 @@ def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_
         dist.print0(f"data: {provenance}")
     lengths = stage.data.lengths()
     mean_length = model_config.max_seq_len if lengths is None else float(lengths.mean())
-    rows = "rows" if stage.loss_unit == "token" else f"{stage.loss_unit}s"
+    rows = {"token": "rows", "answer": "prompts"}.get(stage.loss_unit, f"{stage.loss_unit}s")
+    sequences = sampler.global_batch_size * stage.data.group_size
     minutes = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
     dist.print0(
         f"{len(stage.data):,} {rows}, {sampler.global_batch_size} {rows} = "
-        f"{sampler.global_batch_size * mean_length:,.0f} tokens per step, "
+        f"{sequences * mean_length:,.0f} tokens per step, "
         f"{sampler.steps_per_epoch:,} steps per epoch, {total_steps:,} steps in all{minutes}"
     )
     longest = model_config.max_seq_len if lengths is None else int(lengths.max())

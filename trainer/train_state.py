@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpus.dataset_meta import data_fingerprint
 from model.config import ModelConfig
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
@@ -172,7 +171,7 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         "tokenizer": stage.tokenizer.rendering_fingerprint,
         "parent": parent if stage.lineage else "",
         "data rows": len(stage.data),
-        "the data's fingerprint": data_fingerprint(stage.data.folder),
+        "the data's fingerprint": stage.data.fingerprint(),
         "--optimizer": config.optimizer,
         "--seed": config.seed,
         **({"the order of the rows": ROW_ORDER} if stage.data.lengths() is None else {}),

@@ -155,13 +155,13 @@ class ZeroEngine(Engine):
         safe_set_local_optimizer_state(parameter, local.to(self.dist.device), key)
 
     @torch.no_grad()
-    def gather_weights(self) -> None:
+    def gather_weights(self, everywhere: bool = False) -> None:
         from deepspeed.utils import safe_get_full_fp32_param
 
         target = dict(self.stage.model.named_parameters())
         for name, parameter in self.trainable_parameters().items():
             whole = safe_get_full_fp32_param(parameter) if self.zero_stage == 3 else parameter
-            if self.dist.is_rank0:
+            if self.dist.is_rank0 or everywhere:
                 target[name].copy_(whole)
 
     def close(self) -> None:

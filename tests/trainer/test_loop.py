@@ -13,12 +13,12 @@ from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script, visible_names
-from trainer import loop
+from trainer import loop, run
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
 from trainer.engine import DDPEngine
-from trainer.loop import StopReason
 from trainer.optim import lr_multiplier, make_optimizers, set_learning_rate, split_parameters
+from trainer.run import StopReason
 from trainer.train_state import TrainState
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
@@ -302,7 +302,7 @@ def test_dropout_seeds_differ_between_steps_and_ranks_and_never_change():
     """A run resumed with another version of Python or numpy continues with the same masks."""
     seeds = []
     for step, rank in ((0, 0), (1, 0), (0, 1)):
-        loop.seed_dropout(42, step, rank)
+        run.seed_dropout(42, step, rank)
         seeds.append(torch.initial_seed())
     assert seeds == [11465652750463011511, 15658369528003122356, 16016570408942317940]
 
@@ -315,6 +315,6 @@ def test_dropout_seeds_differ_between_steps_and_ranks_and_never_change():
 )  # fmt: skip
 def test_stop_reasons(step, objection, expired, signals, final, stop):
     timer = types.SimpleNamespace(is_expired=expired, is_final=final)
-    assert loop.stop_reason(TrainState(step=step, objection=objection), 9, timer, signals) is stop
+    assert run.stop_reason(TrainState(step=step, objection=objection), 9, timer, signals) is stop
     assert bool(stop) == (stop is not StopReason.NONE)
     assert stop.is_final == (stop in (StopReason.COMPLETED, StopReason.EARLY_STOP, StopReason.DEADLINE))
