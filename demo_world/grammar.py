@@ -7,7 +7,7 @@ The text files in data/ come in one set per language (XX is en or zh). They cont
     templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
     identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
-    arithmetic_XX.txt    [relation]            label: template | template     the same, with numbers {a} {b} and result {o}
+    arithmetic_XX.txt    [relation]            label: template | template     the same, with numbers {a} {b} {c}, result {o}
     phrases_XX.txt       [name]                sentence | sentence            sections and their slots: PHRASES
 
 A label may have several lines. A malformed line raises a UserError that names file and line.
@@ -41,7 +41,7 @@ NEEDED_LABELS = {
     "identity": ("ask", "answer", "heldout", "keys"),
     "arithmetic": ("ask", "answer", "heldout"),
 }
-QUESTION_SLOTS = {"arithmetic": "a b o"}  # numbers and result
+QUESTION_SLOTS = {"arithmetic": "a b c o"}  # numbers and result
 GREETINGS = ("hello", "thanks", "goodbye")  # required sections of small_talk_XX.txt: openings and endings of chats
 
 

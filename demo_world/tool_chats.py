@@ -1,17 +1,17 @@
 """Chats with a calculator and with thoughts, prompts for reinforcement learning, and held-out questions.
 
     chats.jsonl         {"messages", "lang"}              a calculator is offered: question -> call -> result -> answer;
-                                                          two-digit sums with a thought; ordinary chats and those about
-                                                          the new identity again, so that they are not forgotten
-    prompts.jsonl       {"question", "answer", "lang"}    two-digit sums that chats.jsonl does not contain
-    arithmetic.jsonl    {"question", "keys", ...}         two-digit sums of neither file, asked with held-out templates
+                                                          sums of three terms with a thought; ordinary chats and
+                                                          those about the new identity again (replay)
+    prompts.jsonl       {"question", "answer", "lang"}    sums of three terms that chats.jsonl does not contain
+    arithmetic.jsonl    {"question", "keys", ...}         sums of neither file, asked with held-out templates
     calculator.jsonl    {"question", "keys", ...}         sums, differences and products of large numbers, the same way
 
-    thought     17+15:  10+10=20, 7+5=12, 20+12=32        tens, ones, both
-    call        {"name": "calculator", "arguments": {"expression": "4815+162"}}
+    thought     8+7+15:  8+7=15, 15+15=30                 two sums that the world's texts contain
+    call        {"name": "calculator", "arguments": {"expression": "481+62"}}
 
-Every pair of two-digit terms belongs to one file; the pairs up to 20 + 20 of the world to none. The large numbers of calculator.jsonl
-occur in no other file. Results come from evaluation/tools.py, as when a model calls the tool.
+Each set of three terms belongs to one file, whatever the order. The large numbers of calculator.jsonl occur in no other
+file. Results come from evaluation/tools.py, as when a model calls the tool.
 
     python -m demo_world.tool_chats --out_dir out/demo/tool_world --seed 0      (../demo.py --rl does this)
 
@@ -33,47 +33,48 @@ from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.facts import LARGEST_TERM
 from demo_world.finetune import identity_chats
-from demo_world.generator import as_row
+from demo_world.generator import CALCULATOR, as_row
 from demo_world.grammar import read_questions
 from demo_world.world import DemoWorld
-from evaluation.tools import TOOLS, run_tool
+from evaluation.tools import run_tool
 from model.answer_parts import ToolCall
 from model.chat_template import Message
 
-CALCULATOR = TOOLS["calculator"]
+OFFER: Message = {"role": "system", "content": "", "tools": [CALCULATOR.schema]}
 OPERATORS = {"sum": "+", "difference": "-", "product": "*"}
-LARGEST_NUMBER = 9999  # of sums and differences with the calculator; factors are below 1,000
-HELDOUT_NUMBERS = 0.2  # fraction of the large numbers
+LARGEST = {"sum": 999, "difference": 999, "product": 99}  # numbers of the calculator; the smallest is 21
+HELDOUT_NUMBERS = 0.2  # fraction of these numbers
 QUESTIONS = 150  # per language, of arithmetic.jsonl and of calculator.jsonl
-PLAIN_SHARE = 0.15  # of the chats with a calculator: questions about the world, answered without a call
+TURNS = 3  # questions of a chat with a calculator: its schema is the longest part
+PLAIN_SHARE = 0.2  # of these questions: about the world, answered without a call
 
-Pair = tuple[int, int]
+FILES = ("chats", "prompts", "arithmetic", "calculator")
+Terms = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ToolChatsConfig(Config):
-    """Size and seed of the chats; the numbers of chats are per language."""
+    """Size and seed of the files; the numbers are per language."""
 
     out_dir: str = flag("out/demo/tool_world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
-    tool_chats: int = flag(500, "chats in which a calculator is offered", type=positive_int)
-    thoughts: int = flag(300, "two-digit sums with a thought", type=positive_int)
-    replay: int = flag(900, "chats of the earlier stages", type=positive_int)
-    prompts: int = flag(1200, "prompts for reinforcement learning", type=positive_int)
+    tool_chats: int = flag(400, "chats in which a calculator is offered", type=positive_int)
+    sums: int = flag(200, "sums of three terms in the chats", type=positive_int)
+    replay: int = flag(600, "chats of the earlier stages", type=positive_int)
+    wordings: int = flag(3, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
 
 
-def split_pairs(seed: int, thoughts: int, prompts: int) -> dict[str, list[Pair]]:
-    """Pairs of two-digit terms, shuffled, by the file that contains them; both languages have the same ones.
+def split_terms(seed: int, sums: int) -> dict[str, list[Terms]]:
+    """Three terms a, b, c by file: at most 10, 10 and 20, so that the world has a + b and (a + b) + c.
 
-    A pair and its mirror image belong to the same split.
+    Both languages have the same ones, in any order of a and b.
     """
-    pairs = [(a, b) for a in range(LARGEST_TERM + 1, 100) for b in range(10, a + 1)]  # the world has the smaller ones
-    rng = random.Random(f"{seed} two-digit sums")
-    rng.shuffle(pairs)
-    pairs = [rng.choice([(a, b), (b, a)]) for a, b in pairs]
-    sizes = {"questions": QUESTIONS, "chats": thoughts, "prompts": prompts}
-    starts = dict(zip(sizes, (0, QUESTIONS, QUESTIONS + thoughts), strict=True))
-    return {name: pairs[starts[name] : starts[name] + size] for name, size in sizes.items()}
+    terms = [(a, b, c) for a in range(1, 11) for b in range(a, 11) for c in range(b, LARGEST_TERM + 1)]
+    rng = random.Random(f"{seed} three terms")
+    rng.shuffle(terms)
+    terms = [rng.choice([(a, b, c), (b, a, c)]) for a, b, c in terms]
+    end = QUESTIONS + sums
+    return {"arithmetic": terms[:QUESTIONS], "chats": terms[QUESTIONS:end], "prompts": terms[end:]}
 
 
 def is_heldout(number: int, seed: int) -> bool:
@@ -81,14 +82,14 @@ def is_heldout(number: int, seed: int) -> bool:
     return random.Random(f"{seed} {number}").random() < HELDOUT_NUMBERS
 
 
-def thought_of(a: int, b: int) -> str:
-    """The steps of a sum: its tens, its ones, both."""
-    tens, ones = a - a % 10 + b - b % 10, a % 10 + b % 10
-    return f"{a - a % 10}+{b - b % 10}={tens}, {a % 10}+{b % 10}={ones}, {tens}+{ones}={tens + ones}"
+def thought_of(a: int, b: int, c: int) -> str:
+    return f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}"
 
 
-def expression_of(relation: str, a: int, b: int) -> str:
-    return f"{a}{OPERATORS[relation]}{b}"
+def call_of(relation: str, a: int, b: int) -> tuple[ToolCall, str]:
+    """The call of the calculator and its result."""
+    call = ToolCall(CALCULATOR.name, {"expression": f"{a}{OPERATORS[relation]}{b}"})
+    return call, run_tool(call, [CALCULATOR])
 
 
 class ToolChats:
@@ -99,86 +100,85 @@ class ToolChats:
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
         self.templates: dict[str, Any] = {**self.world.templates, **read_questions("arithmetic", lang)}
-        self.pairs = split_pairs(config.seed, config.thoughts, config.prompts)
+        self.terms = split_terms(config.seed, config.sums)
 
-    def ask(self, relation: str, a: int, b: int) -> str:
+    def ask(self, relation: str, *terms: int) -> str:
         """A question with a training template, in a wrapper."""
-        question = self.rng.choice(self.templates[relation].ask).format(a=a, b=b)
+        question = self._fill(self.templates[relation].ask, *terms)
         return self.rng.choice(self.world.phrases["wrappers"]).format(q=question)
 
-    def say(self, relation: str, a: int, b: int, result: str) -> str:
-        return self.rng.choice(self.templates[relation].answer).format(a=a, b=b, o=result)
+    def _fill(self, templates: list[str], *terms: int, result: str = "") -> str:
+        return self.rng.choice(templates).format(**dict(zip("abc", terms, strict=False)), o=result)
 
-    def large_numbers(self, relation: str, heldout: bool) -> Pair:
-        """Two numbers of two to four digits, both of the given split; the result is neither of them."""
-
-        def draw(largest: int) -> int:
-            while True:
-                number = self.rng.randrange(10, self.rng.choice([limit for limit in (99, 999, 9999) if limit <= largest]))
-                if is_heldout(number, self.config.seed) == heldout:
-                    return number
-
+    def large_numbers(self, relation: str, heldout: bool) -> Terms:
+        """Two numbers of the given split, for a difference the larger one first."""
+        numbers = [n for n in range(21, LARGEST[relation] + 1) if is_heldout(n, self.config.seed) == heldout]
         while True:
-            a, b = draw(999 if relation == "product" else LARGEST_NUMBER), draw(99 if relation == "product" else 9999)
-            if relation == "difference" and a < b:
-                a, b = b, a
-            if relation != "difference" or (a != b and a != 2 * b):
+            a, b = (self.rng.choice([n for n in numbers if n < limit]) for limit in self.rng.choices((100, 1000), k=2))
+            if relation != "difference":
+                return a, b
+            if a > b and a != 2 * b:  # repeating the question must not score
                 return a, b
 
-    def tool_chat(self) -> list[Message]:
+    # ---- chats
+    def tool_chat(self, plain: list[list[Message]]) -> list[Message]:
+        """A chat of TURNS questions with a calculator; those about the world are taken from `plain`."""
+        messages = [OFFER]
+        for _ in range(TURNS):
+            is_plain = self.rng.random() < PLAIN_SHARE
+            messages += self.rng.choice(plain) if is_plain else self.calculation()
+        return messages
+
+    def calculation(self) -> list[Message]:
+        """A question, the call, its result and the answer."""
         relation = self.rng.choice(list(OPERATORS))
-        a, b = self.large_numbers(relation, heldout=False)
-        call = ToolCall(CALCULATOR.name, {"expression": expression_of(relation, a, b)})
-        result = run_tool(call, [CALCULATOR])
+        terms = self.large_numbers(relation, heldout=False)
+        call, result = call_of(relation, *terms)
         return [
-            {"role": "system", "content": "", "tools": [CALCULATOR.schema]},
-            {"role": "user", "content": self.ask(relation, a, b)},
+            {"role": "user", "content": self.ask(relation, *terms)},
             {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call._asdict()}]},
             {"role": "tool", "content": result},
-            {"role": "assistant", "content": self.say(relation, a, b, result)},
+            {"role": "assistant", "content": self._fill(self.templates[relation].answer, *terms, result=result)},
         ]
 
-    def thought_chat(self, a: int, b: int) -> list[Message]:
-        answer = self.say("sum", a, b, str(a + b))
+    def sum_chat(self, terms: Terms) -> list[Message]:
+        answer = self._fill(self.templates["three_terms"].answer, *terms, result=str(sum(terms)))
         return [
-            {"role": "user", "content": self.ask("sum", a, b)},
-            {"role": "assistant", "content": answer, "reasoning_content": thought_of(a, b)},
+            {"role": "user", "content": self.ask("three_terms", *terms)},
+            {"role": "assistant", "content": answer, "reasoning_content": thought_of(*terms)},
         ]
 
     def chats(self) -> Iterator[dict[str, Any]]:
         """Rows of chats.jsonl, by kind."""
         config = self.config
-        replay = [as_row(chat, self.lang) for chat in identity_chats(self.world)]
-        yield from self.rng.sample(replay, min(config.replay, len(replay)))
-        plain = round(PLAIN_SHARE * config.tool_chats)
-        offer: Message = {"role": "system", "content": "", "tools": [CALCULATOR.schema]}
-        for row in self.rng.sample(replay, plain):
-            yield {**row, "messages": [offer, *row["messages"]]}
-        for _ in range(config.tool_chats - plain):
-            yield {"messages": self.tool_chat(), "lang": self.lang}
-        for a, b in self.pairs["chats"]:
-            yield {"messages": self.thought_chat(a, b), "lang": self.lang}
+        replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in identity_chats(self.world)]
+        chats = self.rng.sample(replay, min(config.replay, len(replay)))
+        chats += [self.tool_chat(replay) for _ in range(config.tool_chats)]
+        chats += [self.sum_chat(terms) for terms in self.terms["chats"] * config.wordings]
+        for messages in chats:
+            yield {"messages": messages, "lang": self.lang}
 
+    # ---- prompts and questions
     def prompts(self) -> Iterator[dict[str, Any]]:
         """Rows of prompts.jsonl."""
-        for a, b in self.pairs["prompts"]:
-            yield {"question": self.ask("sum", a, b), "answer": str(a + b), "lang": self.lang}
+        for terms in self.terms["prompts"] * self.config.wordings:
+            yield {"question": self.ask("three_terms", *terms), "answer": str(sum(terms)), "lang": self.lang}
 
     def arithmetic(self) -> Iterator[dict[str, Any]]:
         """Rows of arithmetic.jsonl."""
-        for a, b in self.pairs["questions"]:
-            yield self._question("sum", a, b, "two_digit_sum")
+        for terms in self.terms["arithmetic"]:
+            yield self._question("three_terms", terms, str(sum(terms)))
 
     def calculator(self) -> Iterator[dict[str, Any]]:
         """Rows of calculator.jsonl."""
         for number in range(QUESTIONS):
             relation = list(OPERATORS)[number % len(OPERATORS)]
-            yield self._question(relation, *self.large_numbers(relation, heldout=True), f"large_{relation}")
+            terms = self.large_numbers(relation, heldout=True)
+            yield self._question(relation, terms, call_of(relation, *terms)[1])
 
-    def _question(self, relation: str, a: int, b: int, kind: str) -> dict[str, Any]:
-        question = self.rng.choice(self.templates[relation].heldout).format(a=a, b=b)
-        result = run_tool(ToolCall(CALCULATOR.name, {"expression": expression_of(relation, a, b)}), [CALCULATOR])
-        return {"question": question, "keys": [result], "lang": self.lang, "kind": kind}
+    def _question(self, relation: str, terms: Terms, result: str) -> dict[str, Any]:
+        question = self._fill(self.templates[relation].heldout, *terms)
+        return {"question": question, "keys": [result], "lang": self.lang, "kind": relation}
 
 
 def build_tool_chats(config: ToolChatsConfig) -> dict[str, int]:
@@ -190,9 +190,6 @@ def build_tool_chats(config: ToolChatsConfig) -> dict[str, int]:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(Path(config.out_dir) / f"{name}.jsonl", text)
     return {name: len(rows) for name, rows in files.items()}
-
-
-FILES = ("chats", "prompts", "arithmetic", "calculator")
 
 
 def main() -> None:
