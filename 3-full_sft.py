@@ -45,7 +45,9 @@ class SFTConfig(TrainConfig):
     data_path: str = "dataset/sft"
     batch_size: int = 32
     epochs: float = 2
-    max_seq_len: int | None = length_flag("longer chats keep only the first turns that fit; more than the parent's extends the model's context")
+    max_seq_len: int | None = length_flag(
+        "longer chats keep only the first turns that fit; more than the parent's extends the model's context"
+    )
     chat_format: str | None = flag(
         None, "chat format to train with; if omitted: the parent's", choices=tuple(CHAT_FORMATS), group="fine-tuning"
     )

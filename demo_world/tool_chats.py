@@ -28,7 +28,7 @@ from typing import Any
 from common.cli import Config, flag, parse
 from common.errors import fail_in_one_line
 from common.files import write_text
-from common.flag_types import path_string, positive_int, seed
+from common.flag_types import int_between, path_string, positive_int, seed
 from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.facts import LARGEST_TERM
@@ -44,7 +44,6 @@ OFFER: Message = {"role": "system", "content": "", "tools": [CALCULATOR.schema]}
 OPERATORS = {"sum": "+", "difference": "-", "product": "*"}
 LARGEST = {"sum": 999, "difference": 999, "product": 99}  # numbers of the calculator; the smallest is 21
 HELDOUT_NUMBERS = 0.2  # fraction of these numbers
-QUESTIONS = 150  # per language, of arithmetic.jsonl and of calculator.jsonl
 TURNS = 3  # questions of a chat with a calculator: its schema is the longest part
 PLAIN_SHARE = 0.2  # of these questions: about the world, answered without a call
 
@@ -59,12 +58,13 @@ class ToolChatsConfig(Config):
     out_dir: str = flag("out/demo/tool_world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
     tool_chats: int = flag(400, "chats in which a calculator is offered", type=positive_int)
-    sums: int = flag(200, "sums of three terms in the chats", type=positive_int)
+    sums: int = flag(200, "sums of three terms in the chats", type=int_between(1, 400))
     replay: int = flag(600, "chats of the earlier stages", type=positive_int)
     wordings: int = flag(3, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
+    questions: int = flag(150, "held-out questions of each kind", type=int_between(1, 300))
 
 
-def split_terms(seed: int, sums: int) -> dict[str, list[Terms]]:
+def split_terms(seed: int, sums: int, questions: int) -> dict[str, list[Terms]]:
     """Three terms a, b, c by file: at most 10, 10 and 20, so that the world has a + b and (a + b) + c.
 
     Both languages have the same ones, in any order of a and b.
@@ -73,8 +73,8 @@ def split_terms(seed: int, sums: int) -> dict[str, list[Terms]]:
     rng = random.Random(f"{seed} three terms")
     rng.shuffle(terms)
     terms = [rng.choice([(a, b, c), (b, a, c)]) for a, b, c in terms]
-    end = QUESTIONS + sums
-    return {"arithmetic": terms[:QUESTIONS], "chats": terms[QUESTIONS:end], "prompts": terms[end:]}
+    end = questions + sums
+    return {"arithmetic": terms[:questions], "chats": terms[questions:end], "prompts": terms[end:]}
 
 
 def is_heldout(number: int, seed: int) -> bool:
@@ -100,7 +100,7 @@ class ToolChats:
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
         self.templates: dict[str, Any] = {**self.world.templates, **read_questions("arithmetic", lang)}
-        self.terms = split_terms(config.seed, config.sums)
+        self.terms = split_terms(config.seed, config.sums, config.questions)
 
     def ask(self, relation: str, *terms: int) -> str:
         """A question with a training template, in a wrapper."""
@@ -171,7 +171,7 @@ class ToolChats:
 
     def calculator(self) -> Iterator[dict[str, Any]]:
         """Rows of calculator.jsonl."""
-        for number in range(QUESTIONS):
+        for number in range(self.config.questions):
             relation = list(OPERATORS)[number % len(OPERATORS)]
             terms = self.large_numbers(relation, heldout=True)
             yield self._question(relation, terms, call_of(relation, *terms)[1])
