@@ -1,33 +1,31 @@
 """Lesson 6: reinforcement learning with rewards that a program computes (GRPO; Shao et al. 2024, arXiv:2402.03300).
 
-    advantage = (r - mean r) / std r                             over the G answers to one prompt
-    ratio     = pi(token) / pi_old(token)                        1 at the first optimizer step after sampling
-    loss      = - min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) + beta * KL(pi || pi_ref)
-
-    --loss grpo      mean over the tokens of an answer, then over answers
+    advantage = (r - mean r) / std r              over the rewards of the G answers to one prompt
+    ratio     = pi(token) / pi_old(token)         pi_old sampled the answers: 1 at the first of --inner_steps
+    loss      = - min(ratio * advantage, clip(ratio) * advantage) + kl_coef * KL(pi || pi_ref)
+    --loss grpo      clip(ratio) to 1 - clip_low … 1 + clip_high; mean over tokens, then over answers
     --loss dr_grpo   no std; sum over tokens / max_new_tokens, so that long answers count fully   (arXiv:2503.20783)
     --loss dapo      mean over all tokens of the step; clip_high above clip_low keeps exploring     (arXiv:2503.14476)
     --loss cispo     - clip(ratio).detach() * advantage * log pi: clipped tokens keep a gradient    (arXiv:2506.13585)
 
     python 6-grpo_train.py                                          starts from the only out/dpo_*.pth, lora_sft or sft
-    python 6-grpo_train.py --reward exact,length=200:0.1 --loss dapo --inner_steps 2
-    python 6-grpo_train.py --tools calculator --reward exact,tool:0.2        answers may call tools
+    python 6-grpo_train.py --reward exact,length=200:0.1 --tools calculator --loss dapo --inner_steps 2
     torchrun --nproc_per_node 2 6-grpo_train.py                     two processes
-
 Reads   dataset/rl (written by data_process.py rl) and the parent checkpoint.
 Writes  out/grpo_512.pth, its log (.jsonl), its curves (.png) and, until the run is complete, its .resume folder.
 Next:   2-eval.py (chat with it); code: trainer/rollout.py (sampling, tools), trainer/grpo.py, trainer/rewards.py.
 """
 
 import common  # isort: skip  # noqa: F401  before torch: it sets the log level of torch
+import copy
 import functools
 
 import torch
-from evaluation.tools import find_tools, run_tool
 
 from common.cli import parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
+from evaluation.tools import find_tools, run_tool
 from export.hf_import import open_folder, open_model
 from model.checkpoint import find_parent, record_parent
 from model.lora import LoRAConfig, attach
@@ -37,7 +35,7 @@ from trainer.distributed import init_distributed
 from trainer.dpo import without_dropout
 from trainer.grpo_config import GRPOConfig
 from trainer.loop import train_step
-from trainer.loss import IGNORE_INDEX, token_log_probs
+from trainer.loss import token_log_probs
 from trainer.rollout import Tools, open_prompts
 from trainer.run import Run
 from trainer.stage import Stage
@@ -76,17 +74,14 @@ def compute_loss(model, batch, config):
     log_ratio = batch["reference"] - log_probs
     kl = log_ratio.exp() - 1 - log_ratio  # the estimator "k3", http://joschu.net/blog/kl-approx.html
     loss, is_clipped = policy_loss(log_probs, batch.get("old", log_probs.detach()), batch["advantages"], config)
-    is_trained = batch["labels"] != IGNORE_INDEX
-    total = ((loss + config.beta * kl) * is_trained * batch["weights"]).sum()
+    total = ((loss + config.kl_coef * kl) * batch["weights"]).sum()
     aux_loss = aux_loss * batch["num_targets"]
     return total + aux_loss, {"aux_loss": aux_loss} | grpo.policy_metrics(log_probs, batch, kl, is_clipped)
 
 
 @with_run_lock
-def train(config, stage, dist, rollouts):
+def train_on_rewards(config, stage, dist, rollouts):
     with Run(config, stage, dist, rollouts.validate) as run:
-        if stage.validation and not run.state.step:
-            run.logger.log_validation(rollouts.validate(run.engine, run.state, config.eval_tokens))
         for step, lr in run.steps():
             groups = rollouts.sample(run.engine, step, run.sampler.row_ids(step))  # G answers to each prompt
             rewards = torch.tensor([[score.total for score in group.scores] for group in groups])
@@ -97,7 +92,6 @@ def train(config, stage, dist, rollouts):
             rollouts.log_samples(run.logger, step + 1, groups)
             run.end_step(grpo.mean_sums(sums), batches, lr, **rollouts.metrics(groups))
         run.finish()
-    return run.path
 
 
 def main() -> None:
@@ -105,22 +99,20 @@ def main() -> None:
     check_writable(config.out_dir)
     source = config.init_from or find_parent(config.out_dir, "grpo")
     model, tokenizer, parent = open_model(source)
-    model = without_dropout(model)
-    reference = grpo.frozen_copy(model)
+    model, reference = without_dropout(model), copy.deepcopy(model)
     if config.lora_rank:
         attach(model, LoRAConfig(config.lora_rank, 2.0 * config.lora_rank), config.seed)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         known = find_tools(config.tools) if config.tools else []
-        schemas, run = [tool.schema for tool in known], functools.partial(run_tool, tools=known)
-        tools = Tools(schemas, run, config.max_tool_calls if known else 0)
-        limits = (model.config.max_seq_len, config.max_new_tokens)
-        prompts = open_prompts(config.data_path, tokenizer, tools, limits, config.group_size)
+        schemas, rounds = [tool.schema for tool in known], config.max_tool_calls * bool(known)
+        tools = Tools(schemas, functools.partial(run_tool, tools=known), rounds)
+        prompts = open_prompts(config, tokenizer, tools, model.config.max_seq_len)
         loss, data = functools.partial(compute_loss, config=config), prompts.pop("train")
         stage = Stage("grpo", model.to(dist.device), tokenizer, loss, data, prompts, parent["lineage"], "answer")
         stage.early_stop = grpo.collapse_stop(config)
         if config.lora_rank:
             record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
-        train(config, stage, dist, grpo.Rollouts(config, stage, dist, reference, tools))
+        train_on_rewards(config, stage, dist, grpo.Rollouts(config, stage, dist, reference, tools))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from common import cli
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, fail_in_one_line
+from evaluation.tools import find_tools
 from serving.config import PageConfig
 
 STREAMLIT_SETTINGS = {
@@ -31,10 +32,12 @@ STREAMLIT_SETTINGS = {
 
 
 def check_files_and_port(config: PageConfig) -> None:
-    """Raises UserError for a missing file and for a port that cannot be opened."""
+    """Raises UserError for a missing or invalid file and for a port that cannot be opened."""
     for path in config.checkpoint:
         if not Path(path).exists():
             raise UserError(f"--checkpoint {path}: no such file or folder")
+    if config.lookup_file:
+        find_tools("lookup", config.lookup_file)
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

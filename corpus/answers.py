@@ -32,7 +32,7 @@ PAIR_SIDES = ("chosen", "rejected")
 NO_PAIR_KEYS = "none of the keys of a pair"
 
 
-def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
+def parse_answer_value(given: Any, key: str, notes: RowNotes) -> list[Message]:
     """Parses `given`, the value under `key`, into assistant messages.
 
     Of several texts under the key `answers` the first is used, and the change is noted. Raises DroppedRow for an empty
@@ -58,11 +58,13 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
 
 
 def unwrap_answer(value: Any) -> Any:
-    """Unwraps an answer: a number, a list of one text or an object with a content key becomes text.
+    """Unwraps an answer: a number, a list of one text or an object with a content key or ground_truth becomes text.
 
     Returns any other value unchanged.
     """
-    if isinstance(value, dict) and (key := find_content_key(value)) and turn_role(value) is None:
+    if isinstance(value, dict) and "ground_truth" in value:
+        value = value["ground_truth"]  # verl's reward_model
+    elif isinstance(value, dict) and (key := find_content_key(value)) and turn_role(value) is None:
         value = value[key]
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
         value = value[0]

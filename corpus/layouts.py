@@ -38,7 +38,7 @@ FIELD_KEYS: dict[str, tuple[str, ...]] = {
     "answer": (
         "output", "response", "solution", "answer", "a", "completion", "target", "reply", "assistant", "gpt", "bot",
         "输出", "回答", "回复", "答案", "答复", "答", "参考答案", "标准答案", "模型回答", "助手", "answers",
-        "completions", "responses", "targets",
+        "completions", "responses", "targets", "ground_truth", "reward_model",
     ),
     "context": ("input", "context", "passage", "document", "article", "desc", "输入", "上下文", "背景", "材料"),
     "system": (

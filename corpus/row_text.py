@@ -22,7 +22,7 @@ from corpus.answers import (
     PAIR_SIDES,
     find_answer_pair,
     is_text_list,
-    parse_answer,
+    parse_answer_value,
     side_conversation,
     split_pair,
 )
@@ -186,10 +186,10 @@ class _Row:
             messages = parse_messages(self.row[turns], self.notes)
             if answer is not None and messages and messages[-1]["role"] == "user":
                 self.used.add(answer)
-                messages += parse_answer(self.row[answer], answer, self.notes)
+                messages += parse_answer_value(self.row[answer], answer, self.notes)
         elif answer is not None and (messages := self._prompt({answer})):
             self.used.add(answer)
-            messages += parse_answer(self.row[answer], answer, self.notes)
+            messages += parse_answer_value(self.row[answer], answer, self.notes)
         else:
             messages = self._marked_text()
         return self._add_system(messages)

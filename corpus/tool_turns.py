@@ -60,7 +60,9 @@ def _parse_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRow("a tool call without a name")
-    arguments = next((function[key] for key in ("arguments", "parameters") if not is_missing(function.get(key))), {})
+    arguments: Any = next(
+        (function[key] for key in ("arguments", "parameters") if not is_missing(function.get(key))), {}
+    )
     if isinstance(arguments, str):
         arguments = parse_literal(arguments) if arguments.strip() else {}
     if not isinstance(arguments, dict):

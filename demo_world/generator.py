@@ -7,6 +7,7 @@
     chats.jsonl       {"messages", "lang"}                 asks about most facts with the training templates
     questions.jsonl   {"question", "keys", "lang", ...}    asks with the held-out templates
     identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: finetune.py
+    facts.jsonl       {"subject", "relation", "value"}     all facts, for the tool lookup of 2-eval.py and the page
 
 `kind` in questions.jsonl is the distance to the training data: `seen_fact_new_wording` (the chats ask about this fact
 with other templates), `unasked_fact_new_wording` (texts and chats state the fact, no text and no chat asks about it) or
@@ -74,6 +75,20 @@ def tool_words() -> str:
     return "\n".join([re.sub(r"(?<=\S)(?= )", "\n", text)] * TOOL_WORD_ROUNDS)
 
 
+def lookup_rows(world: DemoWorld) -> list[dict[str, str]]:
+    """The facts with a subject, as rows of a --lookup_file."""
+    separator = " " if world.lang == "en" else ""
+    return [
+        {
+            "subject": slots["s"],
+            "relation": fact.relation,
+            "value": separator.join(filter(None, (slots["o"], slots.get("u")))),
+        }
+        for fact in world.facts
+        if (slots := fact.slots)["s"]
+    ]
+
+
 def build_world(config: WorldConfig) -> dict[str, int]:
     """Write the files into --out_dir; returns the numbers of facts, texts, chats and questions of both languages.
 
@@ -106,6 +121,7 @@ def build_world(config: WorldConfig) -> dict[str, int]:
     files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": heldout}
     files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
+    files["facts.jsonl"] = [row for world in worlds for row in lookup_rows(world)]
     files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
     for name, rows in files.items():
         write_text(Path(config.out_dir) / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -44,7 +44,7 @@ OFFER: Message = {"role": "system", "content": "", "tools": [CALCULATOR.schema]}
 OPERATORS = {"sum": "+", "difference": "-", "product": "*"}
 LARGEST = {"sum": 999, "difference": 999, "product": 99}  # numbers of the calculator; the smallest is 21
 HELDOUT_NUMBERS = 0.2  # fraction of these numbers
-TURNS = 3  # questions of a chat with a calculator: its schema is the longest part
+TURNS = 4  # questions of a chat with a calculator: its schema is the longest part
 PLAIN_SHARE = 0.2  # of these questions: about the world, answered without a call
 
 FILES = ("chats", "prompts", "arithmetic", "calculator")
@@ -57,10 +57,10 @@ class ToolChatsConfig(Config):
 
     out_dir: str = flag("out/demo/tool_world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
-    tool_chats: int = flag(400, "chats in which a calculator is offered", type=positive_int)
-    sums: int = flag(200, "sums of three terms in the chats", type=int_between(1, 400))
-    replay: int = flag(600, "chats of the earlier stages", type=positive_int)
-    wordings: int = flag(3, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
+    tool_chats: int = flag(250, "chats in which a calculator is offered", type=positive_int)
+    sums: int = flag(150, "sums of three terms in the chats", type=int_between(1, 400))
+    replay: int = flag(400, "chats of the earlier stages", type=positive_int)
+    wordings: int = flag(2, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
     questions: int = flag(150, "held-out questions of each kind", type=int_between(1, 300))
 
 

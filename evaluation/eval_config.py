@@ -40,7 +40,7 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
         type=non_empty_text, metavar="NAMES", **_TOOLS,
     )  # fmt: skip
     lookup_file: str = flag("", "jsonl file of facts for the tool lookup", type=path_string, metavar="FILE", **_TOOLS)
-    max_tool_calls: int = flag(4, "calls that run in one reply", type=non_negative_int, **_TOOLS)
+    max_tool_calls: int = flag(4, "calls that run in one reply", type=positive_int, **_TOOLS)
     enable_thinking: bool | None = flag(
         None, "false: an empty thought before each answer (default: the model decides)",
         type=parse_bool, metavar="{true,false}", **_TOOLS,

@@ -19,7 +19,7 @@ from model.chat_template import Message
 MAX_ANSWER_TOKENS = 48  # of a chat model's answer
 LATIN_CHARACTERS, CHINESE_NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
 
-KeyedQuestion = dict[str, Any]  # read_keyed_questions makes them; qa.py adds "ids", "answer" and "correct"
+KeyedQuestion = dict[str, Any]  # read_keyed_questions makes them; qa.py adds "answer", "correct" and "calls"
 
 
 def system_messages(text: str) -> list[Message]:

@@ -82,14 +82,18 @@ class TerminalChat:
         """
         question: Message = {"role": "user", "content": require_nonempty_text(text, "the question")}
         past = self.messages if self.history is None else last_turns(self.messages, self.history)
-        reply, printer, started = Reply(self.options), ReplyPrinter(), time.perf_counter()
+        reply, printer, started = (
+            Reply(self.options, self.chat_model.has_answer_parts),
+            ReplyPrinter(),
+            time.perf_counter(),
+        )
         try:
             for part in stream_reply(self.chat_model, [*self.system, *past, question], self.settings, reply):
                 printer.show(part)
         except KeyboardInterrupt:
             if not is_interactive:
                 raise
-            reply.stop(self.chat_model)
+            reply.stop()
             print(" [stopped]", end="")
         except ValueError as error:  # the prompt is too long
             raise UserError(str(error)) from None

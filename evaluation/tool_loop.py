@@ -17,6 +17,7 @@ from evaluation.chat_model import ChatModel
 from evaluation.tools import Tool, run_tool
 from model.answer_parts import AnswerDelta, AnswerStream, ToolCall, answer_message
 from model.chat_template import Message
+from model.chatml import THINK_START
 from model.completion import Completion
 from model.sampling import SamplingParams
 
@@ -67,13 +68,17 @@ class ReplyPart(NamedTuple):
 class Reply:
     """A reply to the last message of a chat. `messages`: its answers and results so far.
 
+    `has_parts`: whether thoughts and calls are read in its answers (ChatModel.has_answer_parts).
     `completions`: one per answer; the last one may still be running. `prompt_tokens`: of the first prompt.
+    `opening`: the beginning of a thought at the end of the last prompt, which some imported templates write.
     """
 
-    options: ToolOptions
+    options: ToolOptions = NO_TOOLS
+    has_parts: bool = True
     messages: list[Message] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     prompt_tokens: int = 0
+    opening: str = ""
     num_calls: int = 0
     finish_reason: str = ""  # that of the last completion, or tool_calls: more of them than allowed; "" while it runs
 
@@ -91,13 +96,15 @@ class Reply:
         messages = [*messages, *self.messages]
         prompt = chat_model.prompt_ids(messages, max_new_tokens, self.options.enable_thinking)
         self.prompt_tokens = self.prompt_tokens or len(prompt)
+        is_open = self.has_parts and chat_model.tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK_START)
+        self.opening = THINK_START if is_open else ""
         return prompt
 
-    def add_answer(self, chat_model: ChatModel, completion: Completion) -> list[str]:
+    def add_answer(self, completion: Completion) -> list[str]:
         """Add a completed answer, run its calls, add their results and return them."""
         message: Message = {"role": "assistant", "content": completion.text}
-        if chat_model.has_answer_parts:
-            message = answer_message(completion.text)
+        if self.has_parts:
+            message = answer_message(self.opening + completion.text)
             if self.options.enable_thinking is False:
                 message.setdefault("reasoning_content", "")  # the empty thought at the end of the prompt
         self.messages.append(message)
@@ -117,13 +124,13 @@ class Reply:
         self.messages += [{"role": "tool", "content": result} for result in results]
         return results
 
-    def stop(self, chat_model: ChatModel) -> None:
+    def stop(self) -> None:
         """End a reply that is not read any further; the text of the running answer stays."""
         num_answers = sum(message["role"] == "assistant" for message in self.messages)
         for completion in self.completions[num_answers:]:
             completion.finish_reason = "stopped"
             if completion.text:
-                self.add_answer(chat_model, completion)
+                self.add_answer(completion)
         self.finish_reason = self.finish_reason or "stopped"
 
 
@@ -132,7 +139,7 @@ def stream_reply(
 ) -> Iterator[ReplyPart]:
     """Return an iterator over the parts of the reply to `messages`, which fills `reply`; any thread may advance it.
 
-    Raises ValueError for a prompt that is empty or too long: the first at the call, later ones where they are read.
+    Raises ValueError, at the call, for a prompt that is empty or too long; results that do not fit end the reply.
     """
     messages = reply.options.add_tools(messages)
 
@@ -142,7 +149,7 @@ def stream_reply(
         reply.completions.append(completion)
         return pieces
 
-    return _stream_parts(chat_model, reply, start_answer(), start_answer)
+    return _stream_parts(reply, start_answer(), start_answer)
 
 
 def complete_replies(
@@ -152,7 +159,7 @@ def complete_replies(
 
     Raises ValueError for a chat that is too long from the beginning.
     """
-    replies = [Reply(options) for _ in chats]
+    replies = [Reply(options, chat_model.has_answer_parts) for _ in chats]
     running = list(zip(replies, map(options.add_tools, chats), strict=True))
     while running:
         prompts = [reply.next_prompt(chat_model, messages, settings.max_new_tokens) for reply, messages in running]
@@ -163,22 +170,23 @@ def complete_replies(
         running = [(reply, messages) for reply, messages in running if not reply.finish_reason]
         for (reply, _), completion in zip(running, chat_model.generate(prompts, settings), strict=True):
             reply.completions.append(completion)
-            reply.add_answer(chat_model, completion)
+            reply.add_answer(completion)
         running = [(reply, messages) for reply, messages in running if not reply.finish_reason]
     return replies
 
 
 def _stream_parts(
-    chat_model: ChatModel, reply: Reply, pieces: Iterator[str], start_answer: Callable[[], Iterator[str]]
+    reply: Reply, pieces: Iterator[str], start_answer: Callable[[], Iterator[str]]
 ) -> Iterator[ReplyPart]:
     """Read answers until the reply has ended. Each piece gives a part, possibly "": the reader may stop at any."""
     while True:
         stream = AnswerStream()
+        stream.push(reply.opening)
         for piece in pieces:
-            deltas = stream.push(piece) if chat_model.has_answer_parts else [AnswerDelta("content", piece)]
+            deltas = stream.push(piece) if reply.has_parts else [AnswerDelta("content", piece)]
             yield from map(_reply_part, deltas or [AnswerDelta("content")])
         yield from map(_reply_part, stream.finish())
-        for result in reply.add_answer(chat_model, reply.completions[-1]):
+        for result in reply.add_answer(reply.completions[-1]):
             yield ReplyPart("tool_result", result)
         if reply.finish_reason:
             return

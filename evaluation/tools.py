@@ -186,11 +186,11 @@ def _weekday(day: date) -> str:
     return _WEEKDAYS[day.weekday()]
 
 
-Facts = dict[str, dict[str, list[str]]]  # values by subject and relation, in lower case
+FactTable = dict[str, dict[str, list[str]]]  # values by subject and relation, in lower case
 
 
-def _read_facts(path: str) -> Facts:
-    facts: Facts = {}
+def _read_facts(path: str) -> FactTable:
+    facts: FactTable = {}
     for where, line in read_prompt_lines(path):
         try:
             row = json.loads(line)
@@ -201,7 +201,7 @@ def _read_facts(path: str) -> Facts:
     return facts
 
 
-def _look_up(facts: Facts, subject: str, relation: str = "") -> str:
+def _look_up(facts: FactTable, subject: str, relation: str = "") -> str:
     known = facts.get(subject.strip().casefold())
     if not known:
         raise ValueError(f"nothing about {subject[:60]}")

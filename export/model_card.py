@@ -19,6 +19,7 @@ STAGE_DESCRIPTIONS = {
     "full_sft": "supervised fine-tuning: to answer",
     "lora_sft": "LoRA fine-tuning: low-rank matrices beside the frozen weights",
     "dpo": "preference training: to prefer the better of two answers",
+    "grpo": "reinforcement learning with rewards that a program computes",
 }
 CHAT_CODE = """messages = [{"role": "user", "content": "你好！"}]
 inputs = tokenizer.apply_chat_template(
@@ -102,7 +103,7 @@ def overview_section(facts: Facts, architecture: str, adapter_of: str) -> str:
 def training_section(facts: Facts) -> str:
     rows = []
     for entry in facts["chain"]:
-        amounts = [f"{int(number_or_zero(entry.get(n))):,} {n}" for n in ("pairs", "tokens") if entry.get(n)]
+        amounts = [f"{int(number_or_zero(entry.get(n))):,} {n}" for n in ("answers", "pairs", "tokens") if entry.get(n)]
         stage, validation = str(entry.get("stage")), entry.get("validation")
         rows.append([
             escape_card_text(stage),
@@ -117,8 +118,8 @@ def training_section(facts: Facts) -> str:
         return "No training record is available.\n"
     headers = ("stage", "what", "data", "trained on", "minutes", "last loss", "held-out")
     return markdown_table(headers, rows) + (
-        "\nLosses are in nats per trained token (preference training: per pair). Bits per byte can be compared across "
-        "tokenizers; lower is better.\n"
+        "\nLosses are in nats per trained token (preference training: per pair; with rewards: per answer). Bits per "
+        "byte can be compared across tokenizers; lower is better.\n"
     )
 
 
@@ -127,6 +128,7 @@ def validation_figures(validation: dict[str, Any]) -> str:
     formats = {
         "bits_per_byte": "{:.3f} bits/byte",
         "val_reward_accuracy": "{:.1%} ranked right",
+        "val_pass@1": "{:.1%} right",
         "val_loss": "loss {:.3f}",
     }
     validation = with_current_metric_keys(validation)

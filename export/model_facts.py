@@ -37,6 +37,7 @@ LICENSE_PATTERN = r"[a-z0-9][a-z0-9.+-]*"  # an identifier of the hub or of SPDX
 FOREIGN_STAGE = "transformers"  # stage of a folder without lineage.json
 MAX_REPORT_BYTES = 64 * 2**20  # larger .json files beside a model are not reports
 _LANGUAGES = ("zh", "en")
+_UNITS = ("tokens", "pairs", "answers")  # of which a stage counts those that it was trained on
 
 Facts = dict[str, Any]
 
@@ -113,9 +114,9 @@ def _complete_from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
             row = json.loads(line)
             if "loss" in row:
                 logged["steps"] = row["step"]
-                logged |= {name: row[name] for name in ("tokens", "pairs", "seconds", "loss") if name in row}
-            elif "val_loss" in row:
-                logged["validation"] = {n: v for n, v in row.items() if n not in ("step", "tokens", "pairs")}
+                logged |= {name: row[name] for name in (*_UNITS, "seconds", "loss") if name in row}
+            elif "val_loss" in row or "val_reward" in row:
+                logged["validation"] = {n: v for n, v in row.items() if n not in ("step", *_UNITS)}
         except (ValueError, TypeError, KeyError):  # an incomplete last line of a killed run
             continue
     return {**logged, **{name: value for name, value in entry.items() if value or name not in logged}}
@@ -227,7 +228,9 @@ def summarize_chain(chain: list[dict[str, Any]]) -> Facts:
     last = chain[-1] if chain else {}
     validation = last.get("validation")
     validations = [entry.get("validation") for entry in chain]
-    losses = [found.get("val_loss") for found in validations if isinstance(found, dict)]
+    losses = [
+        found.get(name) for found in validations if isinstance(found, dict) for name in ("val_loss", "val_reward")
+    ]
     split = {name for found in losses if isinstance(found, dict) for name in found}
     return {
         **{name: sum(number_or_zero(entry.get(name)) for entry in chain) for name in ("tokens", "pairs", "seconds")},

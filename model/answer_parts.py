@@ -106,11 +106,20 @@ class AnswerStream:
         self._tail = ""  # the beginning of a marker
         self._held: list[str] = []  # whitespace, and after it the beginning of a call
         self._call_start = 0  # index in _held of the JSON text of the call
+        self._readers = {
+            "start": self._read_start,
+            "reasoning": self._read_reasoning,
+            "content": self._read_content,
+            "call": self._read_call,
+        }
 
     def push(self, piece: str) -> list[AnswerDelta]:
         """Add generated text; returns the parts that no later text can change, possibly []."""
         text = self._tail + piece
-        at = max(text.rfind("<"), 0)
+        if "<" not in text:
+            self._tail = ""
+            return self._readers[self._state](text) if text else []
+        at = text.rfind("<")
         end = at if any(marker.startswith(text[at:]) for marker in _MARKERS if marker != text[at:]) else len(text)
         self._tail = text[end:]
         return self._read(text[:end])
@@ -122,13 +131,7 @@ class AnswerStream:
         return deltas if is_format else deltas + self._release("content")
 
     def _read(self, text: str) -> list[AnswerDelta]:
-        readers = {
-            "start": self._read_start,
-            "reasoning": self._read_reasoning,
-            "content": self._read_content,
-            "call": self._read_call,
-        }
-        return [delta for part in _SPLIT.split(text) if part for delta in readers[self._state](part)]
+        return [delta for part in _SPLIT.split(text) if part for delta in self._readers[self._state](part)]
 
     def _release(self, kind: Literal["reasoning", "content"], text: str = "") -> list[AnswerDelta]:
         """What is held back, and `text` after it."""

@@ -78,7 +78,8 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def answer_text(message: dict[str, Any]) -> str:
     """An answer with its thought and calls, as it is trained."""
-    return message["content"] if len(message) == 2 else plain_messages([message])[0]["content"]
+    content: str = message["content"] if len(message) == 2 else plain_messages([message])[0]["content"]
+    return content
 
 
 def _with_tools(content: str, tools: list[dict[str, Any]]) -> str:

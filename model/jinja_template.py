@@ -13,6 +13,7 @@ Rendering has limits (template_sandbox.py). A chat that the template does not su
 Read next: template_sandbox.py, tokenizer.py (samples to ids and masks).
 """
 
+import json
 import re
 from functools import cached_property
 from typing import Any
@@ -141,11 +142,15 @@ class JinjaTemplate:
 
 def _missing_part(messages: list[Message], text: str) -> str:
     """Which of tools, calls and results the rendered chat lacks, or ""."""
+
+    def is_missing(part: str) -> bool:
+        return part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text
+
     for message in messages:
-        if any(tool["function"]["name"] not in text for tool in message.get("tools") or ()):
+        if any(is_missing(tool["function"]["name"]) for tool in message.get("tools") or ()):
             return "the tools"
-        if message["role"] == "tool" and message["content"].strip() not in text:
+        if message["role"] == "tool" and is_missing(message["content"].strip()):
             return "the results of tools"
-        if any(call["function"]["name"] not in text for call in message.get("tool_calls") or ()):
+        if any(is_missing(call["function"]["name"]) for call in message.get("tool_calls") or ()):
             return "the calls of tools"
     return ""

@@ -136,7 +136,7 @@ class Renderer:
         return [i for encoding in encodings for i in encoding.ids]
 
     def _sample_texts(
-        self, messages: list[Message], add_generation_prompt: bool, enable_thinking: bool | None
+        self, messages: list[Message], add_generation_prompt: bool, enable_thinking: bool | None = None
     ) -> tuple[list[tuple[SampleText, list[str]]], UnsupportedChatError | None]:
         """The samples of a chat with the parts of their texts, or the reason why the format does not support it."""
         separator, escaped = self._escape_markers(messages)

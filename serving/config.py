@@ -150,6 +150,9 @@ class PageConfig(RopeFlags, InferenceFlags, Config):
         (), ".pth files or transformers folders to use instead",
         nargs="+", type=path_string, metavar="FILE", group="models",
     )  # fmt: skip
+    lookup_file: str = flag(
+        "", "jsonl file of facts for the tool lookup", type=path_string, metavar="FILE", group="page"
+    )
     host: str = flag(
         "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines", type=non_empty_text, group="page"
     )

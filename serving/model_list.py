@@ -44,6 +44,11 @@ class ModelEntry:
         return self.stage != "pretrain" and bool(self.facts.get("chat_format"))
 
     @property
+    def has_tools(self) -> bool:
+        """Whether its chat format may have tools and thoughts; a template of an imported model is tried when asked."""
+        return self.is_chat_model and self.facts["chat_format"] in ("chatml", "template")
+
+    @property
     def max_seq_len(self) -> int:
         return self.facts["config"]["max_seq_len"]
 

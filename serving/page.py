@@ -9,6 +9,7 @@ Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, sidebar.
 """
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import streamlit as st
 from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError
 from evaluation.chat_model import ChatModel, open_chat_model
+from evaluation.tools import Tool, make_tools
 from serving.config import PageConfig
 from serving.conversation import ChatReply, ChatTurn, Conversation
 from serving.copy_button import copy_button
@@ -48,6 +50,12 @@ def open_page_model(path: Path, name: str, version: tuple[int, int], config: Pag
     """Load a model; cached for all sessions of the page. A new `version` of the file is loaded again."""
     chat_model = open_chat_model(path, config.device, config.dtype, config.rope, config.quantize)
     return dataclasses.replace(chat_model, name=name)
+
+
+@st.cache_resource(show_spinner=False)
+def page_tools(lookup_file: str) -> dict[str, Tool]:
+    """The tools of the sidebar; the file is read once."""
+    return make_tools(lookup_file=lookup_file)
 
 
 class ChatPage:
@@ -101,7 +109,7 @@ class ChatPage:
         )
         choices = None
         if models:
-            choices = draw_choices(models, self.lang)
+            choices = draw_choices(models, self.lang, page_tools(self.config.lookup_file))
             has_turns = bool(self.conversation.turns)
             self.button("clear", "add", self.clear_conversation, disabled=not has_turns, width="stretch")
         if unreadable:
@@ -134,10 +142,12 @@ class ChatPage:
             with st.spinner(strings["loading"].format(name=", ".join(escape_markdown(model.name) for model in models))):
                 chat_models = [open_page_model(m.path, m.name, file_version(m.path), self.config) for m in models]
             if action == "ask":
-                self.conversation.start_turn(text, chat_models, choices.sampling, choices.system)
+                self.conversation.start_turn(
+                    text, chat_models, choices.sampling, choices.system, options=choices.options
+                )
             else:
                 edited = text if action == "edit" else None
-                self.conversation.answer_again(chat_models, choices.sampling, choices.system, edited)
+                self.conversation.answer_again(chat_models, choices.sampling, choices.system, edited, choices.options)
         except UserError as error:
             st.error(escape_markdown(str(error)))
         except OSError as error:  # the file was deleted while it was opened
@@ -219,18 +229,15 @@ class ChatPage:
     def draw_reply(self, placeholder: Any, footer: Any, reply: ChatReply, choices: SidebarChoices) -> None:
         """Draw a reply's text so far and the line below it."""
         strings = self.strings
-        if not reply.stop_reason:
-            placeholder.text(reply.text + " ▍")
-        elif reply.text.strip() and choices.markdown:
-            placeholder.markdown(safe_markdown(reply.text))
-        elif reply.text.strip():
-            placeholder.text(reply.text)
+        if all(part.kind == "content" for part in reply.parts):
+            self.draw_text(placeholder, reply.text, not reply.stop_reason, choices.markdown)
         else:
-            placeholder.caption(strings["no_answer"])
+            with placeholder.container():
+                self.draw_parts(reply, choices.markdown)
         notes = [escape_markdown(reply.model_name)]
         if reply.tokens:
             notes.append(strings["speed"].format(tokens=reply.tokens, speed=f"{reply.tokens_per_second:.0f}"))
-        if reply.stop_reason in ("length", "stopped"):
+        if reply.stop_reason in ("length", "stopped", "tool_calls"):
             notes.append(strings[f"end_{reply.stop_reason}"])
         if reply.error:
             notes.append(f":red[{escape_markdown(reply.error)}]")
@@ -238,6 +245,33 @@ class ChatPage:
             limit = next((model.max_seq_len for model in choices.models if model.name == reply.model_name), "…")
             notes.append(strings["shortened"].format(n=limit))
         footer.caption(" · ".join(notes), width="content")
+
+    def draw_text(self, container: Any, text: str, is_streaming: bool, markdown: bool) -> None:
+        """Draw an answer in a container of streamlit, which may be `st` itself."""
+        if is_streaming:
+            container.text(text + " ▍")
+        elif text.strip() and markdown:
+            container.markdown(safe_markdown(text))
+        elif text.strip():
+            container.text(text)
+        else:
+            container.caption(self.strings["no_answer"])
+
+    def draw_parts(self, reply: ChatReply, markdown: bool) -> None:
+        """Draw a reply with thoughts or calls, which are folded; those of a streaming reply are open."""
+        labels = {"reasoning": "thought", "tool_call": "call", "tool_result": "result"}
+        for is_answer, parts in itertools.groupby(reply.parts, lambda part: part.kind == "content"):
+            if is_answer:
+                self.draw_text(st, "".join(part.text for part in parts), False, markdown and bool(reply.stop_reason))
+                continue
+            with st.expander(self.strings["steps"], expanded=not reply.stop_reason):
+                for part in parts:
+                    st.caption(self.strings[labels[part.kind]])
+                    st.text(part.text)
+        if not reply.stop_reason:
+            st.text("▍")
+        elif not reply.text.strip():
+            st.caption(self.strings["no_answer"])
 
     def draw_last_buttons(self) -> None:
         strings = self.strings

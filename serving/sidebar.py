@@ -1,4 +1,4 @@
-"""Sidebar of the chat page: model selection, model summaries, system prompt and sampling parameters.
+"""Sidebar of the chat page: model selection, model summaries, system prompt, tools and sampling parameters.
 
 Called by page.py. Read next: model_list.py (where the facts come from), page_strings.py (the texts).
 """
@@ -8,6 +8,8 @@ from typing import Any
 
 import streamlit as st
 
+from evaluation.tool_loop import NO_TOOLS, ToolOptions
+from evaluation.tools import TOOLS, Tool
 from model.chat_template import CHAT_FORMATS
 from model.sampling import MAX_BEAMS, SamplingParams
 from model.sampling_presets import DEFAULT_SAMPLING, find_preset, format_settings, merge_settings
@@ -27,16 +29,17 @@ OTHER_SLIDERS = {
 
 @dataclass(frozen=True)
 class SidebarChoices:
-    """One or two models, their sampling parameters and system prompt, and whether replies are shown as Markdown."""
+    """One or two models, their sampling parameters, system prompt and tools, and whether Markdown is rendered."""
 
     models: list[ModelEntry]
     sampling: SamplingParams
     system: str
+    options: ToolOptions
     markdown: bool
 
 
-def draw_choices(models: dict[str, ModelEntry], lang: str) -> SidebarChoices:
-    """Draw the sidebar's widgets and return their values. `models`: by name, at least one."""
+def draw_choices(models: dict[str, ModelEntry], lang: str, tools: dict[str, Tool] = TOOLS) -> SidebarChoices:
+    """Draw the sidebar's widgets and return their values. `models`: by name, at least one. `tools`: to choose from."""
     strings, state = STRINGS[lang], st.session_state
     names = list(models)
     if state.get("model") not in models:  # first run, or its file was deleted
@@ -61,12 +64,28 @@ def draw_choices(models: dict[str, ModelEntry], lang: str) -> SidebarChoices:
         disabled=not has_chat_model,
         placeholder=strings["system_hint" if has_chat_model else "no_system"],
     )
+    options = draw_tool_controls(strings, tools, all(model.has_tools for model in chosen))
     st.caption(strings["sampling"])
     sampling = draw_sampling_controls(
         strings, min(model.max_seq_len for model in chosen), draw_preset_toggle(first, strings)
     )
     markdown = st.toggle(strings["markdown"], key="markdown", help=strings["markdown_help"])
-    return SidebarChoices(chosen, sampling, system if has_chat_model else "", markdown)
+    return SidebarChoices(chosen, sampling, system if has_chat_model else "", options, markdown)
+
+
+def draw_tool_controls(strings: dict[str, str], tools: dict[str, Tool], has_tools: bool) -> ToolOptions:
+    """Draw the tool picker and the thinking switch, disabled unless all models may have tools."""
+    names = st.multiselect(
+        strings["tools"], list(tools), key="tools", disabled=not has_tools, help=strings["tools_help"],
+        format_func=lambda name: strings[f"tool_{name}"],
+        placeholder=strings["tools_hint" if has_tools else "no_tools"],
+    )  # fmt: skip
+    is_thinking = st.toggle(
+        strings["thinking"], True, key="thinking", disabled=not has_tools, help=strings["thinking_help"]
+    )
+    if not has_tools:
+        return NO_TOOLS
+    return ToolOptions(tuple(tools[name] for name in names), enable_thinking=None if is_thinking else False)
 
 
 def draw_preset_toggle(model: ModelEntry, strings: dict[str, str]) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,6 @@ run samples the same answers again.
 Read next: ../6-grpo_train.py (the loss and the loop), rollout.py (sampling), rewards.py.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +48,11 @@ class Rollouts:
     ) -> None:  # fmt: skip
         self.config, self.stage, self.dist, self.tools = config, stage, dist, tools
         self.reference = reference.to(dist.device).eval().requires_grad_(False)
+        dropped = sum(data.num_dropped for data in (stage.data, *stage.validation.values()))  # type: ignore[attr-defined]
+        if dropped:
+            dist.print0(
+                f"{dropped} prompts are left out: with --max_new_tokens {config.max_new_tokens} they are too long"
+            )
         self.rewards = load_rewards(config.reward)
         self.val_rewards = load_rewards(config.val_reward) if config.val_reward else self.rewards
 
@@ -101,8 +105,9 @@ class Rollouts:
     ) -> list[Batch]:  # fmt: skip
         """Return the micro-batches of this process. advantages, lengths, weights: of every answer, (answers,).
 
-        A batch also holds advantages and weights (rows, 1), log p of its tokens under the parent ("reference") and, if
-        there are several inner steps, under the model that sampled them ("old"), each (rows, seq).
+        A batch also holds advantages (rows, 1), weights, 0 where nothing is trained, log p of its tokens under the
+        parent ("reference") and, if there are several inner steps, under the model that sampled them ("old"), each
+        (rows, seq).
         """
         answers = [answer for group in groups for answer in group.answers]
         rows = [np.array(answer.prompt + answer.ids) for answer in answers]
@@ -122,22 +127,23 @@ class Rollouts:
             batch = ChatDataset.collate(chats, self.stage.tokenizer.pad_id, max_len, part)
             batch |= {"advantages": advantages[index, None].float(), "weights": weights[index, None].float()}
             batch |= {"num_targets": len(part), "mean_length": mean_length}
+            batch["weights"] = batch["weights"] * (batch["labels"] != IGNORE_INDEX)
             batch["reference"] = self.log_probs(self.reference, batch)
             if self.config.inner_steps > 1:
                 batch["old"] = self.log_probs(self.stage.model, batch)
             batches.append(batch)
         return batches
 
-    @torch.no_grad()
     def log_probs(self, model: Transformer, batch: Batch) -> Tensor:
         """Return log p of the trained tokens at the sampling temperature, (rows, seq), computed as in training.
 
-        The decoding step rounds differently; with its values the ratio of the first inner step would not be exactly 1.
+        The decoding step rounds differently, and so do the kernels of a CPU without gradients: with their values the
+        ratio of the first inner step would not be exactly 1.
         """
         batch = to_device(batch, self.dist.device)
         with self.dist.autocast():
             hidden, _ = model(batch["input_ids"], token_mask=batch["token_mask"])
-            return token_log_probs(hidden / self.config.temperature, model.lm_head.weight, batch["labels"])
+            return token_log_probs(hidden / self.config.temperature, model.lm_head.weight, batch["labels"]).detach()
 
     # ---- the log -----------------------------------------------------------------------------------------------------
     def metrics(self, groups: list[Group]) -> Metrics:
@@ -160,7 +166,7 @@ class Rollouts:
         if self.dist.is_rank0:
             logger.write_row({"step": step, "samples": samples})
         for sample in samples:
-            prompt, answer = (sample[name].strip()[-SHOWN_CHARACTERS:] for name in ("prompt", "answer"))
+            prompt, answer = (str(sample[name]).strip()[-SHOWN_CHARACTERS:] for name in ("prompt", "answer"))
             logger.print(f"step {step}, reward {sample['reward']:.2f}: {prompt} -> {answer}")
 
     # ---- held-out prompts --------------------------------------------------------------------------------------------
@@ -233,20 +239,15 @@ def collapse_stop(config: GRPOConfig) -> Callable[[MetricRow], str]:
             return (
                 f"the entropy of the answers fell to {row['entropy']:.4f} nats per token (--min_entropy "
                 f"{config.min_entropy:g}), {row['no_signal']:.0%} of the groups agree: nothing is left to learn from "
-                "them; if the reward is low, try a lower --learning_rate or a higher --beta or --temperature"
+                "them; if the reward is low, try a lower --learning_rate or a higher --kl_coef or --temperature"
             )
         best, now = row.get("val_best_reward", 0.0), row.get("val_mean_reward", 0.0)
         if config.max_reward_drop and best - now > config.max_reward_drop * abs(best):
             return (
                 f"the held-out reward fell from {best:.3f} to {now:.3f} (--max_reward_drop "
                 f"{config.max_reward_drop:g}), that of training is {row['reward']:.3f}: look at the samples in the log "
-                "for a loophole in --reward; try a lower --learning_rate or a higher --beta"
+                "for a loophole in --reward; try a lower --learning_rate or a higher --kl_coef"
             )
         return ""
 
     return early_stop
-
-
-def frozen_copy(model: Transformer) -> Transformer:
-    """Return the reference model: a copy of the parent before it is trained or gets an adapter."""
-    return copy.deepcopy(model)

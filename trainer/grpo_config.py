@@ -11,7 +11,6 @@ from common.cli import flag
 from common.errors import UserError
 from common.flag_types import (
     fraction_below_one,
-    int_at_least,
     int_between,
     non_empty_text,
     non_negative_float,
@@ -25,7 +24,7 @@ from trainer.config import TrainConfig
 
 # Defaults by --loss, those of the papers; cispo: weights up to 5 (arXiv:2510.13786).
 CLIP_HIGH = {"grpo": 0.2, "dr_grpo": 0.2, "dapo": 0.28, "cispo": 4.0}
-BETA = {"grpo": 0.04, "dr_grpo": 0.0, "dapo": 0.0, "cispo": 0.0}
+KL_COEF = {"grpo": 0.04, "dr_grpo": 0.0, "dapo": 0.0, "cispo": 0.0}
 
 
 def _by_loss(defaults: dict[str, float]) -> str:
@@ -50,8 +49,10 @@ class GRPOConfig(TrainConfig):
     global_batch_size: int = flag(0, "prompts_per_step x group_size", type=non_negative_int, hidden=True)
 
     loss: str = _policy("grpo", "grpo, dr_grpo, dapo or cispo: see above", choices=tuple(CLIP_HIGH))
-    inner_steps: int = _policy(1, "optimizer steps on the answers of one step", type=positive_int)
-    beta: float | None = _policy(None, f"weight of the KL against the parent {_by_loss(BETA)}", type=non_negative_float)
+    inner_steps: int = _policy(1, "optimizer steps on the answers of one step", type=int_between(1, 100))
+    kl_coef: float | None = _policy(
+        None, f"weight of the KL against the parent {_by_loss(KL_COEF)}", type=non_negative_float
+    )
     clip_low: float = _policy(0.2, "the ratio is clipped at 1 - this", type=fraction_below_one)
     clip_high: float | None = _policy(
         None, f"the ratio is clipped at 1 + this {_by_loss(CLIP_HIGH)}", type=positive_float
@@ -59,10 +60,12 @@ class GRPOConfig(TrainConfig):
     lora_rank: int = _policy(0, "train LoRA matrices of this rank instead of all weights (0: all)",
                              type=int_between(0, 65536))  # fmt: skip
 
-    prompts_per_step: int = _rollouts(16, "prompts per step, of all processes", type=positive_int)
-    group_size: int = _rollouts(8, "G: answers to each prompt", type=int_at_least(2))
+    prompts_per_step: int = _rollouts(16, "prompts per step, of all processes", type=int_between(1, 65536))
+    group_size: int = _rollouts(8, "G: answers to each prompt", type=int_between(2, 4096))
     max_new_tokens: int = _rollouts(128, "length limit of an answer", type=positive_int)
-    temperature: float = _rollouts(1.0, "of sampling, and of the probabilities in the loss", type=positive_float)
+    temperature: float = _rollouts(
+        1.0, "of sampling, and of the probabilities in the loss; above 0", type=non_negative_float
+    )
     top_k: int = _rollouts(0, "sample from the k most probable tokens (0: all)", type=non_negative_int)
     top_p: float = _rollouts(1.0, "sample from the top tokens that sum to p", type=positive_fraction)
     truncated: str = _rollouts(
@@ -93,7 +96,7 @@ class GRPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         if not self.global_batch_size:
             object.__setattr__(self, "global_batch_size", self.prompts_per_step * self.group_size)
-        for name, defaults in (("beta", BETA), ("clip_high", CLIP_HIGH)):
+        for name, defaults in (("kl_coef", KL_COEF), ("clip_high", CLIP_HIGH)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, defaults[self.loss])
         super().__post_init__()
@@ -102,6 +105,8 @@ class GRPOConfig(TrainConfig):
         super().check()
         if self.global_batch_size != self.prompts_per_step * self.group_size:
             raise UserError("--prompts_per_step and --group_size set the rows per step: leave out --global_batch_size")
+        if not self.temperature:
+            raise UserError("--temperature 0: all answers of a group would be equal: give a number above 0")
         if self.parallel.startswith("zero"):
             raise UserError("6-grpo_train.py runs with --parallel ddp and fsdp, not with ZeRO")
 

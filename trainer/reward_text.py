@@ -3,7 +3,7 @@
     final_answer("2 + 3 = 5. #### 5") -> "5"      after the last ####, or in the last \\boxed{}; else the whole text
 
     reference           the answer agrees if
-    a number            its last number is equal: 1,234 = 1234.0 = １２３４; without digits its last Chinese one, 四十二
+    ends with a number  its last number is equal: 1,234 = 1234.0 = １２３４; without digits its last Chinese one, 四十二
     one letter, A to Z  it names this letter last: "The answer is (B).", "选B", "B. Paris"
     another text        its last words are the reference, without case, spaces and punctuation
 
@@ -18,7 +18,7 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000:
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
 NUMBER = re.compile(rf"(?<![0-9A-Za-z)])-{_DIGITS}|{_DIGITS}")  # after a digit, a letter or ) a minus is an operator
-_ONLY_NUMBER = re.compile(rf"[^\w-]*([+-]?{_DIGITS})[^\w]*")
+_PART_OF_TERM = re.compile(r"(?:[-+*/^×÷<>_\\]\s*|[A-Za-z]|[0-9][:.,])$")  # before the 4 of 3/4, A4, 3:4
 CHINESE_NUMBER = re.compile("负?[零〇一二两三四五六七八九十百千万亿]+")
 _CHINESE_DIGITS = {digit: i for i, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -36,8 +36,8 @@ _PUNCTUATION = re.compile(r"[\s.,;:!?\"'`()\[\]{}*_$。、“”‘’《》「�
 def agrees(answer: str, reference: str) -> bool:
     """Whether the answer agrees with the reference by the rules of the module docstring. Never raises."""
     answer, reference = final_answer(to_half_width(answer)), final_answer(to_half_width(reference))
-    if number := _ONLY_NUMBER.fullmatch(reference):
-        return last_number(answer) == _decimal(number[1])
+    if (number := reference_number(reference)) is not None:
+        return last_number(answer) == number
     if letter := _ONLY_LETTER.fullmatch(reference):
         return last_letter(answer) == letter[1]
     return ends_with_words(answer, reference)
@@ -60,6 +60,14 @@ def final_answer(text: str) -> str:
         if depth == 0:
             return end[:i].strip()
     return text.strip()
+
+
+def reference_number(text: str) -> Decimal | None:
+    """The number at the end of a reference in half-width characters, as in "42", "3+4=7." and "It is 7."; else None."""
+    found = next(reversed(list(NUMBER.finditer(text))), None)
+    if not found or re.search(r"\w", text[found.end() :]) or _PART_OF_TERM.search(text[: found.start()]):
+        return None
+    return _decimal(found[0])
 
 
 def last_number(text: str) -> Decimal | None:

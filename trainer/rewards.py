@@ -5,7 +5,7 @@
     --reward exact                                       1 if the answer agrees with the reference, else 0
     --reward exact,format:0.2,length=200:0.1             a weighted sum; a weight follows the last colon (default: 1)
     --reward format=schema.json                          1 if the answer is JSON that fits the JSON schema
-    --reward exact,my_module:my_function:0.5             a function of my_module.py in the current folder
+    --reward exact,my_module:my_function:0.5             a function of a module in the current folder
 
     built in                                             (a thought is not part of the answer)
     exact      its last number, option letter or words are the reference: reward_text.py
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from common.errors import UserError, import_package
 from corpus.chats import chat_text
 from corpus.prompt_data import PromptRow
-from model.answer_parts import parse_answer
+from model.answer_parts import AnswerParts, parse_answer
 from trainer.reward_text import agrees
 
 Reward = Callable[[str, str, str], float]  # of the prompt's text, the generated text and the reference
@@ -123,8 +123,8 @@ def _load_reward(text: str, spec: str) -> WeightedReward:
 
 def _import_reward(module: str, function: str) -> RowReward:
     """The plain function `function` of a module in the current folder, as a reward of a row."""
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, folder)
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # the module is the user's code, which may raise anything
@@ -132,6 +132,8 @@ def _import_reward(module: str, function: str) -> RowReward:
             f"--reward {module}:{function}: cannot import {module} ({type(error).__name__}: {error}): put {module}.py "
             "into the current folder"
         ) from None
+    finally:
+        sys.path.remove(folder)
     if not callable(found):
         raise UserError(
             f"--reward {module}:{function}: {module} has no function {function}: define it or correct the name"
@@ -141,22 +143,33 @@ def _import_reward(module: str, function: str) -> RowReward:
 
 
 # ---- built in --------------------------------------------------------------------------------------------------------
+def answer_parts(answer: str) -> AnswerParts:
+    """The parts of a generated text of one or several turns: after the result of a call the model may think again."""
+    parts = parse_answer(answer)
+    _, marker, last_turn = parts.content.rpartition("<think>")
+    if not parts.tool_calls or not marker:
+        return parts
+    last = parse_answer(marker + last_turn)
+    return AnswerParts(last.reasoning, last.content, parts.tool_calls)
+
+
 def exact_reward(row: PromptRow, answer: str) -> float:
     """1 if the answer, without its thought, agrees with the reference; else 0."""
-    return float(agrees(parse_answer(answer).content, row.reference))
+    return float(agrees(answer_parts(answer).content, row.reference))
 
 
 def format_reward(row: PromptRow, answer: str) -> float:
     """1 for a thought with its end and an answer or a call after it; else 0."""
-    thought, content, calls = parse_answer(answer)
-    has_answer = bool(calls or content.strip()) and not any(marker in content for marker in ("<think>", "</think>"))
-    return float(bool(thought and thought.strip()) and has_answer)
+    thought, content, calls = answer_parts(answer)
+    ends = bool(content.strip()) or (bool(calls) and answer.rstrip().endswith("</tool_call>"))
+    is_clean = not any(marker in content for marker in ("<think>", "</think>"))
+    return float(bool(thought and thought.strip()) and ends and is_clean)
 
 
 def tool_reward(row: PromptRow, answer: str) -> float:
     """1 if the answer calls tools, and each call is one of an offered tool with fitting arguments; else 0."""
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in row.tools}
-    calls = parse_answer(answer).tool_calls
+    calls = answer_parts(answer).tool_calls
     return float(bool(calls) and all(name in schemas and fits(given, schemas[name]) for name, given in calls))
 
 
@@ -202,7 +215,7 @@ def schema_reward(path: str) -> RowReward:
 
     def reward(row: PromptRow, answer: str) -> float:
         try:
-            value = json.loads(_without_fence(parse_answer(answer).content), parse_constant=_refuse_constant)
+            value = json.loads(_without_fence(answer_parts(answer).content), parse_constant=_refuse_constant)
             return float(validator.is_valid(value))
         except (ValueError, RecursionError):
             return 0.0

@@ -28,6 +28,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.datasets import TokenDataset
+from trainer.grpo_config import GRPOConfig
 from trainer.rewards import Score
 from trainer.sampler import BatchSampler
 
@@ -47,18 +48,16 @@ class Tools:
 class PromptDataset(TokenDataset):
     """The rendered prompts of a split. A row of a step is an answer: a step has rows / group_size prompts.
 
-    Prompts that leave no space for `max_new_tokens` within max_seq_len are left out; `num_dropped` counts them.
+    Prompts that leave no space for --max_new_tokens within max_seq_len are left out; `num_dropped` counts them.
     """
 
     def __init__(
-        self, folder: str, rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_tokens: tuple[int, int],
-        group_size: int,
+        self, config: GRPOConfig, rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_seq_len: int
     ) -> None:  # fmt: skip
-        """max_tokens: of a prompt and its answer together, of the answer."""
-        self.folder, self.group_size = Path(folder), group_size
+        self.folder, self.group_size = Path(config.data_path), config.group_size
+        self.max_new_tokens = config.max_new_tokens
         prompts = [(row, tokenizer.render(row.messages, add_generation_prompt=True)[0]) for row in rows]
-        self.max_new_tokens = max_tokens[1]
-        fitting = [(row, ids) for row, ids in prompts if len(ids) + self.max_new_tokens <= max_tokens[0]]
+        fitting = [(row, ids) for row, ids in prompts if len(ids) + self.max_new_tokens <= max_seq_len]
         self.rows, self.prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
         self.num_dropped = len(rows) - len(fitting)
 
@@ -89,18 +88,18 @@ class PromptSampler(BatchSampler):
 
 
 def open_prompts(
-    folder: str, tokenizer: ChatTokenizer, tools: Tools, max_tokens: tuple[int, int], group_size: int
+    config: GRPOConfig, tokenizer: ChatTokenizer, tools: Tools, max_seq_len: int
 ) -> dict[str, PromptDataset]:
-    """Return {"train": …, and the held-out prompts by language}. max_tokens: see PromptDataset. Raises UserError."""
-    rows = {"train": read_prompts(folder, "train")}
-    for row in read_prompts(folder, "val"):
+    """Return {"train": …, and the held-out prompts by language} of --data_path. Raises UserError."""
+    rows = {"train": read_prompts(config.data_path, "train")}
+    for row in read_prompts(config.data_path, "val"):
         rows.setdefault(row.language, []).append(row)
     rows = {split: [offer_tools(row, tools.schemas) for row in rows[split]] for split in rows}
-    prompts = {name: PromptDataset(folder, rows[name], tokenizer, max_tokens, group_size) for name in rows}
+    prompts = {name: PromptDataset(config, rows[name], tokenizer, max_seq_len) for name in rows}
     if not len(prompts["train"]):
         raise UserError(
-            f"{folder} has no prompt that leaves {max_tokens[1]} of {max_tokens[0]} tokens for an answer: lower "
-            f"--max_new_tokens, or run `{PREPARE_COMMAND}` with other files"
+            f"{config.data_path} has no prompt that leaves {config.max_new_tokens} of {max_seq_len} tokens for an "
+            f"answer: lower --max_new_tokens, or run `{PREPARE_COMMAND}` with other files"
         )
     return {name: data for name, data in prompts.items() if len(data)}
 

@@ -111,9 +111,11 @@ class Run:
     def steps(self) -> Iterator[tuple[int, float]]:
         """Yield (number, learning rate) of each step until the run stops, for loops that end one step before the next.
 
-        After the last one the state is saved.
+        A new run is validated before its first step. After the last one the state is saved.
         """
         with self.dist.graceful_shutdown():
+            if self.stage.validation and not self.state.step:
+                self.logger.log_validation(self.validate(self.engine, self.state, self.config.eval_tokens))
             for number in self.numbers:
                 yield number, start_step(self.engine, self.timer, number, self.total_steps)
                 if self.stop:

@@ -29,7 +29,7 @@ from curation.transform import read_numbered_rows
 from tests.helpers import ROOT
 
 EXAMPLES = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
-WORDS = {"1+1?", "2", "3", "Add.", "1+1", "Hi", "Hello", "Who?", "Li wrote it.", "Li.", "…"}
+WORDS = {"1+1?", "2", "1+1=2 #### 2", "3", "Add.", "1+1", "Hi", "Hello", "Who?", "Li wrote it.", "Li.", "…"}
 
 TEXTS = ("content", "reasoning_content")
 

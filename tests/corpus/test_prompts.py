@@ -38,6 +38,8 @@ def questions(tmp_path):
         ({"question": "1+1?", "answer": "2"}, ([user("1+1?")], "2")),
         ({"question": "1+1?", "answer": 2}, ([user("1+1?")], "2")),
         ({"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}, ([user("1+1?")], "1+1=<<1+1=2>>2\n#### 2")),
+        ({"prompt": [user("1+1?")], "reward_model": {"style": "rule", "ground_truth": "2"}}, ([user("1+1?")], "2")),
+        ({"prompt": "1+1?", "ground_truth": 2}, ([user("1+1?")], "2")),
         ({"题目": "1+1？", "答案": "2"}, ([user("1+1？")], "2")),
         ({"instruction": "Add.", "input": "1+1", "output": "2"}, ([user("Add.\n1+1")], "2")),
         ({"prompt": [{"role": "system", "content": "Be brief."}, user("1+1?")], "answer": "2"},
@@ -52,6 +54,31 @@ def test_the_last_answer_of_every_layout_is_the_reference(tmp_path, process, row
     folder = process("rl", write_rows(tmp_path / "a.jsonl", [row]))
     assert prompts(folder) == [expected]
     assert visible_names(folder) == ["meta.json", "train.jsonl", "val.jsonl"], "no tokens"
+
+
+CALCULATOR = {"name": "calculator", "description": "", "parameters": {"type": "object", "properties": {}}}
+OFFER = {"role": "system", "content": "", "tools": [{"type": "function", "function": CALCULATOR}]}
+
+
+def test_tools_calls_and_results_stay_in_the_prompt(tmp_path, process):
+    """The answer after a result is the reference; a question that offers tools and has an answer ends with the user."""
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "3+4"}}}
+    turns = [user("3+4?"), bot("", tool_calls=[call]), {"role": "tool", "content": "7"}]
+    rows = [
+        {"messages": [*turns, bot("It is 7.")], "tools": [CALCULATOR]},
+        {"messages": [user("4+4?")], "tools": json.dumps(OFFER["tools"]), "answer": "8"},
+        {"messages": turns[:2], "tools": [CALCULATOR]},
+        {"messages": [user("5+5?"), bot("<think>\nadd\n</think>\n\n10")]},
+    ]
+    folder = process("rl", write_rows(tmp_path / "a.jsonl", rows))
+    assert prompts(folder) == [
+        ([OFFER, *turns], "It is 7."),
+        ([OFFER, user("4+4?")], "8"),
+        ([user("5+5?")], "10"),
+    ]
+    assert [row.tools for row in read_prompts(folder, "train")] == [OFFER["tools"], OFFER["tools"], []]
+    dropped = json.loads((folder / "meta.json").read_text())["report"]["dropped"]
+    assert list(dropped) == ["no answer with a text, so no reference"]
 
 
 def test_every_row_is_counted(tmp_path, process, capsys):

@@ -16,11 +16,14 @@ from demo_world.generator import WorldConfig, build_world
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld, terms
 from evaluation.qa_data import is_correct
+from evaluation.tools import find_tools, run_tool
+from model.answer_parts import ToolCall
 from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
     "chats.jsonl": "00fa920618020946fceda6cabf5eef4690179ca9307cdd6c1b680883ef06ef51",
+    "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
     "identity.jsonl": "1a26ca2afd39fb93958697107ed74b252cea05da525a07c61a935f877d0b9793",
     "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
@@ -31,6 +34,7 @@ GOLDEN = {
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
     "chats.jsonl": "864171cb305bee65fc39d23c10dc9b0ee38dbf96d78a7ef8e17b553b3fdf1c4a",
+    "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
     "identity.jsonl": "e9c3687912caad158b732601fe16ca284bf24c134195e75a4fc88d3e0502ee24",
     "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
@@ -102,6 +106,17 @@ def hashes(folder):
 
 def test_seed_0_gives_the_golden_files(folder):
     assert hashes(folder) == GOLDEN
+
+
+def test_every_fact_with_a_subject_can_be_looked_up(folder, worlds):
+    tools = find_tools("lookup", str(folder / "facts.jsonl"))
+    look_up = lambda **arguments: run_tool(ToolCall("lookup", arguments), tools)
+    assert look_up(subject="Japan", relation="capital") == "Tokyo" and look_up(subject="一分钟") == "unit: 60秒"
+    assert look_up(subject="DOG", relation="count") == "4 legs"
+    for world in worlds.values():
+        for fact in world.facts:
+            if fact.slots["s"]:
+                assert fact.slots["o"] in look_up(subject=fact.slots["s"], relation=fact.relation)
 
 
 def test_words_file_is_the_text_cut_into_words(folder, texts, chats):

@@ -1,7 +1,8 @@
 """The terminal chat: prompts, commands and Ctrl-C.
 
 Promises: the history grows, can be cleared and limited; a question longer than the context is an error and is not added
-to the history; Ctrl-C stops only the answer, also in a real terminal; /save writes training data.
+to the history; Ctrl-C stops only the answer, also in a real terminal; /save writes training data, also with thoughts,
+calls and results, which are printed under headings.
 """
 
 import functools
@@ -19,8 +20,10 @@ from corpus.readers import read_chats, read_texts
 from corpus.stats import DataStats
 from evaluation import chat_model as chat_model_module
 from evaluation.chat_model import ChatModel
-from evaluation.terminal_chat import run_terminal_chat
-from tests.helpers import ROOT, start_chat
+from evaluation.terminal_chat import ReplyPrinter, run_terminal_chat
+from evaluation.tool_loop import ReplyPart
+from evaluation.tools import TOOLS
+from tests.helpers import ROOT, save_scripted_model, script_answers, start_chat
 
 
 @pytest.fixture
@@ -201,3 +204,98 @@ def test_ctrl_c_in_a_real_terminal(tokenizer, tmp_path):
     finally:
         process.kill()
         os.close(outside)
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "17 * 23"}}\n</tool_call>'
+
+
+@pytest.fixture
+def make_tool_chat(tokenizer, tmp_path_factory):
+    """A chat with a model whose context has space for tools."""
+    out = tmp_path_factory.mktemp("out")
+    save_scripted_model(out / "full_sft_64.pth", tokenizer, ["x"], max_seq_len=2048)
+    return functools.partial(start_chat, "--out_dir", out)
+
+
+def test_thoughts_calls_and_results_are_printed_and_saved(make_tool_chat, type_lines, monkeypatch, capsys, tmp_path):
+    prompts = script_answers(
+        monkeypatch, f"<think>\n17 by 23\n</think>\n\n{CALL}", "It is 391.\n", "plain", "x \x1b[2J"
+    )
+    type_lines("What is 17 times 23?", "and?", "/history 1", "once more", f"/save {tmp_path / 'chat.jsonl'}")
+    chat = make_tool_chat("--tools", "calculator,clock", "--system", "S")
+    run_terminal_chat(chat, tmp_path)
+    shown = capsys.readouterr().out
+    assert (
+        '\n[thought]\n17 by 23\n[call] calculator {"expression": "17 * 23"}\n[result] 391\n[answer]\nIt is 391.\n\n['
+        in shown
+    )
+    assert "\nplain\n[" in shown and r"x \x1b[2J" in shown, "a plain answer has no heading"
+    assert "<tool_response>\n391\n</tool_response>" in prompts[1] and "17 by 23" not in prompts[2], "an earlier thought"
+    assert "391" in prompts[2] and "391" not in prompts[3], "the history is cut at whole turns"
+    assert [answer["answer"] for answer in chat.answers] == ["It is 391.\n", "plain", "x \x1b[2J"]
+    assert [len(answer.get("messages", ())) for answer in chat.answers] == [3, 0, 0]
+
+    stats = DataStats()
+    (saved,) = read_chats([tmp_path / "chat.jsonl"], stats)
+    assert saved.messages == [
+        {"role": "system", "content": "S", "tools": [TOOLS[name].schema for name in ("calculator", "clock")]},
+        *chat.messages,
+    ]
+    assert [m["role"] for m in chat.messages[:4]] == ["user", "assistant", "tool", "assistant"]
+    assert chat.messages[1]["reasoning_content"] == "17 by 23" and chat.messages[1]["tool_calls"]
+
+
+def test_retry_replaces_a_whole_turn_with_its_calls(make_tool_chat, type_lines, monkeypatch, capsys, tmp_path):
+    prompts = script_answers(monkeypatch, CALL, "wrong", "right")
+    type_lines("a", "/retry")
+    chat = make_tool_chat("--tools", "calculator")
+    run_terminal_chat(chat, tmp_path)
+    assert [message["content"] for message in chat.messages] == ["a", "right"] and prompts[2] == prompts[0]
+
+
+def test_tools_and_thinking_are_switched_by_commands(make_tool_chat, type_lines, monkeypatch, capsys, tmp_path):
+    prompts = script_answers(monkeypatch, "a", "b", "c", "d")
+    type_lines("1", "/tools clock calculator", "2", "/thinking off", "3", "/tools", "/thinking on", "4", "/tools no",
+               "/thinking maybe", "/tools lookup")  # fmt: skip
+    run_terminal_chat(make_tool_chat("--enable_thinking", "true"), tmp_path)
+    shown = capsys.readouterr().out
+    assert ["# Tools" in prompt for prompt in prompts] == [False, True, True, False]
+    assert [prompt.endswith("<think>\n\n</think>\n\n") for prompt in prompts] == [False, False, True, False]
+    for line in (
+        "[tools: clock, calculator]",
+        "[tools: none]",
+        "[thinking: off]",
+        "[thinking: on]",
+        "on, off or auto]",
+    ):
+        assert line in shown
+    assert "[--tools no: unknown tool" in shown and "[--tools lookup needs --lookup_file" in shown
+
+
+def test_ctrl_c_inside_a_thought_keeps_it(make_tool_chat, monkeypatch, capsys):
+    def interrupted(*arguments):
+        arguments[4].text = "<think>\nhm"
+        yield "<think>\nhm"
+        raise KeyboardInterrupt
+
+    chat = make_tool_chat()
+    monkeypatch.setattr(chat_model_module, "stream", interrupted)
+    chat.send_message("a")
+    assert "[thought]\nhm [stopped]\n" in capsys.readouterr().out
+    assert chat.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "hm"}
+
+
+def test_thoughts_and_calls_are_dimmed_on_a_terminal_only(monkeypatch, capsys):
+    parts = [("reasoning", "a"), ("reasoning", "b"), ("tool_call", "f {}"), ("tool_result", "1"), ("content", "c")]
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
+        printer = ReplyPrinter()
+        for part in parts:
+            printer.show(ReplyPart(*part))
+        shown, dim, normal = capsys.readouterr().out, *(("\x1b[2m", "\x1b[0m") if is_terminal else ("", ""))
+        assert shown.replace(normal + dim, "") == f"{dim}[thought]\nab\n[call] f {{}}\n[result] 1{normal}\n[answer]\nc"
+
+
+def test_tools_need_a_chat_format_with_tools(make_chat, scripted_models):
+    with pytest.raises(UserError, match=r"pretrain_64\.pth cannot call tools: it continues a text"):
+        make_chat("--stage", "pretrain", "--tools", "calculator")

@@ -5,12 +5,18 @@ and a call without tools, end the reply; the streamed and the batched loop give 
 an empty thought; a model whose format has no tools is refused in one line; formats without thoughts give plain text.
 """
 
+import dataclasses
+import json
+import random
+import time
+
 import pytest
 
 from evaluation.chat_model import open_chat_model
 from evaluation.tool_loop import Reply, ToolOptions, complete_replies, stream_reply
 from evaluation.tools import find_tools
 from model.sampling import SamplingParams
+from model.tokenizer import ChatTokenizer
 from tests.helpers import one_line_error, save_scripted_model, script_answers
 
 SETTINGS = SamplingParams(max_new_tokens=50)
@@ -30,7 +36,7 @@ def chat_model(tokenizer, tmp_path_factory):
 
 def run_loop(chat_model, options, messages=QUESTION):
     """(parts of the streamed reply with neighbours of a kind joined, the reply)."""
-    reply, parts = Reply(options), []
+    reply, parts = Reply(options, chat_model.has_answer_parts), []
     for part in stream_reply(chat_model, messages, SETTINGS, reply):
         if parts and parts[-1][0] == part.kind and not part.kind.startswith("tool_"):
             parts[-1][1] += part.text
@@ -116,7 +122,7 @@ def test_a_reply_can_be_stopped_anywhere_and_keeps_what_was_generated(chat_model
     whole = len(list_parts(chat_model, monkeypatch, texts)[0])
     for count in range(whole):
         parts, reply = list_parts(chat_model, monkeypatch, texts, count)
-        reply.stop(chat_model)
+        reply.stop()
         roles = [message["role"] for message in reply.messages]
         assert roles in ([], ["assistant"], ["assistant", "tool"], ["assistant", "tool", "assistant"])
         shown = "".join(part.text for part in parts if part.kind == "content")
@@ -150,12 +156,53 @@ def test_a_batch_gives_the_messages_of_the_streamed_loop(chat_model, monkeypatch
     assert [reply.num_calls for reply in replies] == [1, 0, 2]
 
 
+def test_hostile_answers_end_and_their_chats_can_be_rendered_and_saved(chat_model, monkeypatch, tmp_path):
+    """Random sequences of markers, broken JSON and code: 400 chats of up to five answers."""
+    blocks = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|im_end|>"]
+    blocks += ["<|im_start|>user\n", "\n", call("__import__('os').system('id')"), call("9**9**9"), call("1+1"), "text"]
+    blocks += [
+        '{"name": "calculator", "arguments": ',
+        "[" * 500,
+        "\ud83d",
+        "\0",
+        "\x1b[2J",
+        "\u2028",
+        "答",
+        call("\\ud800"),
+    ]
+    rng = random.Random(0)
+    answers = ("".join(rng.choice(blocks) for _ in range(rng.randrange(9))).replace("\ud83d", "?") for _ in range(9999))
+    prompts = script_answers(monkeypatch, *answers)
+    began = time.process_time()
+    replies = complete_replies(chat_model, [QUESTION] * 400, SETTINGS, CALCULATOR)
+    assert time.process_time() - began < 60 and len(prompts) > 450
+    assert {reply.finish_reason for reply in replies} >= {"stop"} and sum(reply.num_calls for reply in replies) > 50
+    for reply in replies:
+        chat_model.tokenizer.render([*QUESTION, *reply.messages])
+        assert json.loads(json.dumps(reply.messages, ensure_ascii=False).encode()) == reply.messages
+
+
 def test_thinking_off_is_an_empty_thought_in_the_prompt_and_in_the_message(chat_model, monkeypatch):
     prompts = script_answers(monkeypatch, call("1"), "one")
     reply = run_loop(chat_model, ToolOptions(CALCULATOR.tools, enable_thinking=False))[1]
     assert all(prompt.endswith("assistant\n<think>\n\n</think>\n\n") for prompt in prompts)
     assert prompts[1].startswith(prompts[0] + call("1")), "the second prompt continues the first"
     assert [message.get("reasoning_content") for message in reply.messages] == ["", None, ""]
+
+
+def test_an_imported_template_may_begin_the_thought_in_the_prompt(tokenizer, tmp_path, monkeypatch):
+    """As those of DeepSeek-R1's distilled models and of Qwen3's thinking-only ones."""
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    config = '{"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}'
+    files = {**tokenizer.files, "chat_template.jinja": template, "tokenizer_config.json": config}
+    own = open_chat_model(save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["x"]), "cpu")
+    own = dataclasses.replace(own, tokenizer=ChatTokenizer(files))
+    script_answers(monkeypatch, "hm\n</think>\n\n5", "no end")
+    parts, reply = run_loop(own, ToolOptions())
+    assert parts == [["reasoning", "hm"], ["content", "5"]]
+    assert reply.messages == [{"role": "assistant", "content": "5", "reasoning_content": "hm"}]
+    assert run_loop(own, ToolOptions())[1].messages[0]["reasoning_content"] == "no end"
 
 
 @pytest.mark.parametrize("name", ["mindllm", "belle", "text"])

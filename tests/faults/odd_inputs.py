@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import data_process
 from common.errors import fail_in_one_line
 from model.checkpoint import save_model
 from model.config import ModelConfig
@@ -27,6 +28,7 @@ TIME_LIMIT = 30  # seconds
 MEMORY_LIMIT = 6 << 30  # bytes of additional address space
 CPU_FLAGS = ["--device", "cpu", "--dtype", "float32"]
 SHORT_RUN_FLAGS = [*CPU_FLAGS, "--max_steps", "1", "--batch_size", "4", "--eval_tokens", "64"]
+GRPO_FLAGS = ["--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "2"]
 
 
 class TimeLimitExceeded(BaseException):
@@ -61,6 +63,7 @@ class TinyInputs:
             "3-full_sft.py": [*SHORT_RUN_FLAGS, "--data_path", sft, "--init_from", parent],
             "4-lora_sft.py": [*SHORT_RUN_FLAGS, "--data_path", sft, "--init_from", parent],
             "5-dpo_train.py": [*SHORT_RUN_FLAGS, "--data_path", pairs, "--init_from", parent],
+            "6-grpo_train.py": [*SHORT_RUN_FLAGS, *GRPO_FLAGS, "--data_path", self.rl, "--init_from", parent],
             "eval_ceval.py": [*CPU_FLAGS, "--data", self.exam__csv, "--checkpoint", parent],
             "export_model.py": [parent, str(out / "exported"), "--no-verify"],
             "serve_openai_api.py": [*CPU_FLAGS, "--checkpoint", parent, "--port", "0"],
@@ -73,6 +76,7 @@ class TinyInputs:
             "data_process.py pretrain": ["pretrain", self.text__txt, "--tokenizer", self.tokenizer],
             "data_process.py sft": ["sft", self.chats__jsonl, "--tokenizer", self.tokenizer],
             "data_process.py dpo": ["dpo", self.pairs__jsonl, "--tokenizer", self.tokenizer],
+            "data_process.py rl": ["rl", self.chats__jsonl],
             "data_process.py clean": ["clean", self.text__txt],
             "data_process.py dedup": ["dedup", self.text__txt],
             "data_process.py decontaminate": ["decontaminate", self.text__txt, "--against", self.exam__csv],
@@ -109,6 +113,7 @@ def make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) ->
     }.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / file).write_text(text, encoding="utf-8")
+    data_process.main(["rl", str(folder / "chats.jsonl"), "--out_dir", str(folder / "rl"), "--val_fraction", "0.1"])
     rows = [f"{i},what is {i}?,one,two,three,four,{'ABCD'[i % 4]}" for i in range(6)]
     (folder / "exam.csv").write_text("\n".join(["id,question,A,B,C,D,answer", *rows]), encoding="utf-8")
     return TinyInputs(folder)

@@ -100,6 +100,13 @@ STAGES = (
     ),
     _train("lora_sft", "4-lora_sft.py", "sft", "--init_from IN/out/full_sft_16.pth --rank 2"),
     _train("dpo_run", "5-dpo_train.py", "dpo", "--init_from IN/out/full_sft_16.pth"),
+    _train(
+        "grpo_run",
+        "6-grpo_train.py",
+        "rl",
+        "--init_from IN/out/full_sft_16.pth --lora_rank 2 --prompts_per_step 2 --group_size 3 --max_new_tokens 4"
+        " --inner_steps 2",
+    ),
     _export("export", "full_sft", "", "--dtype bfloat16"),
     _export("export_gguf", "lora_sft", "--gguf f16", "--dtype bfloat16"),
     _export("export_adapter", "lora_sft", "--adapter", "--license mit"),
@@ -201,6 +208,7 @@ class FaultHarness:
             f"data_process.py pretrain IN/raw/pretrain.jsonl --out_dir IN/pretrain {TOKENS}",
             f"data_process.py sft IN/raw/chats.jsonl --out_dir IN/sft {SHORT}",
             f"data_process.py dpo IN/raw/pairs.jsonl --out_dir IN/dpo {SHORT}",
+            "data_process.py rl IN/raw/chats.jsonl --out_dir IN/rl --val_share 0.1",
             f"1-pretrain.py --data_path IN/pretrain --tokenizer IN/tok {MODEL} {out}",
             f"3-full_sft.py --data_path IN/sft {out}",
             f"4-lora_sft.py --data_path IN/sft --rank 2 {out}",

@@ -313,19 +313,11 @@ def test_rows_and_tokenizer_files_are_never_executed(marker, tmp_path, record_at
         for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"):
             (tmp_path / f"tokenizer_{kind}" / name).write_bytes(content)
     files = sorted(file for file in tmp_path.iterdir() if file.suffix in (".jsonl", ".parquet", ".arrow", ".yaml"))
-    for what in ("pretrain", "sft"):
-        run_in_folder(
-            tmp_path,
-            "data_process.py",
-            what,
-            *files,
-            "--out_dir",
-            tmp_path / what,
-            "--tokenizer_path",
-            tmp_path / "tokenizer_npy",
-        )
+    for what in ("pretrain", "sft", "rl"):
+        flags = ["--tokenizer_path", tmp_path / "tokenizer_npy"] if what != "rl" else []
+        run_in_folder(tmp_path, "data_process.py", what, *files, "--out_dir", tmp_path / what, *flags)
     run_in_folder(tmp_path, "train_tokenizer.py", *files, "--out_dir", tmp_path / "tok")
-    record_attacks("malicious rows and tokenizers", len(files) + 4, executed=int(marker.exists()))
+    record_attacks("malicious rows and tokenizers", len(files) + 5, executed=int(marker.exists()))
 
 
 def escaping_archive(tmp_path: Path, kind: str) -> Path:

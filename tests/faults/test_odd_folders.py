@@ -138,7 +138,9 @@ def test_every_unexpected_path_for_every_flag_is_used_or_refused(
     assert outcomes.count("refused") > len(outcomes) / 2
 
 
-@pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
+@pytest.mark.parametrize(
+    "script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "6-grpo_train.py"]
+)
 @pytest.mark.parametrize(
     "name", ["file", "below a file", "broken", "loop", "new folder in /proc", "/dev/null", "too long"]
 )

@@ -25,6 +25,7 @@ KINDS = ["clean", "sft"] + (
     [
         "pretrain",
         "dpo",
+        "rl",
         "dedup",
         "dedup many",
         "decontaminate",
@@ -65,6 +66,7 @@ def command(kind: str, inputs: dict, out: Path) -> tuple[list, Path]:
         "pretrain": [*data, "pretrain", inputs["texts"], *tokenizer],
         "sft": sft,
         "dpo": [*data, "dpo", inputs["pairs"], *tokenizer],
+        "rl": [*data, "rl", inputs["chats"]],
         "scores": [*sft, "--scorer", inputs["model"]],
         "tokenizer": ["train_tokenizer.py", inputs["texts"], "--vocab_size", 400],
         "export": ["export_model.py", inputs["model"], out, "--no-verify"],

@@ -151,7 +151,9 @@ def test_help_is_quick_and_imports_no_front_end(name):
     assert child_cpu_seconds() - before < 4
 
 
-@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
+@pytest.mark.parametrize(
+    "name", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "6-grpo_train.py"]
+)
 def test_common_is_imported_before_torch(name):
     """common/__init__.py sets the log level of torch's C++ part: one line for a lost process, no stack trace."""
     imports = [node for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body

@@ -2,7 +2,8 @@
 
 Promises: the default is the latest stage, not the newest file; a chat model gets the rendered question, a pretrained
 model the bare text; only the model's own answer is scored, by the rule in --help; bad input is a one-line error with
-exit code 2. Conversations: ../evaluation/test_terminal_chat.py; reports: ../evaluation/test_report.py.
+exit code 2; tools are called up to the limit, also for questions. Conversations: ../evaluation/test_terminal_chat.py;
+reports: ../evaluation/test_report.py.
 """
 
 import io
@@ -17,7 +18,16 @@ from common.errors import UserError
 from evaluation.chat_model import find_model
 from evaluation.prompts import PROMPTS, SCRIPT_PROMPTS
 from evaluation.qa_data import is_correct
-from tests.helpers import ROOT, child_cpu_seconds, one_line_error, run_here, run_process, run_script
+from tests.helpers import (
+    ROOT,
+    child_cpu_seconds,
+    one_line_error,
+    run_here,
+    run_process,
+    run_script,
+    save_scripted_model,
+    script_answers,
+)
 
 
 @pytest.fixture
@@ -250,3 +260,65 @@ def test_invalid_utf8_argument_and_ascii_console(out):
     command = [sys.executable, "2-eval.py", "--out_dir", str(out), "--prompt", b"a\xe4\xbd"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0 and b"A?" in done.stdout, done.stderr
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "17 * 23"}}\n</tool_call>'
+
+
+@pytest.fixture
+def calling_model(tokenizer, tmp_path):
+    """A model that always calls the calculator."""
+    return save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, [CALL], max_seq_len=2048)
+
+
+def test_tools_are_called_until_the_limit(calling_model, monkeypatch, capsys, tmp_path):
+    run_script(monkeypatch, "2-eval.py", "--checkpoint", calling_model, "--prompt", "?", "--json", tmp_path / "a.json",
+               "--tools", "calculator,clock", "--max_tool_calls", 2)  # fmt: skip
+    call, limit = '[call] calculator {"expression": "17 * 23"}\n', "[result] error: the limit of 2 calls is reached\n"
+    assert f"> ?\n{call}[result] 391\n{call}[result] 391\n{call}{limit}" in capsys.readouterr().out
+    (answer,) = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
+    assert answer["finish_reason"] == "tool_calls" and answer["answer"] == ""
+    assert [message["role"] for message in answer["messages"]] == ["assistant", "tool"] * 3
+
+
+def test_questions_are_answered_with_tools(calling_model, monkeypatch, tmp_path):
+    questions = write(tmp_path / "q.jsonl", *({"question": f"{n}?", "keys": ["391"]} for n in range(3)))
+    options = ["--checkpoint", calling_model, "--questions", questions, "--json", tmp_path / "r.json"]
+    script_answers(monkeypatch, CALL, CALL, "<think>391?</think>400", "It is 391.", "about 390")
+    run_script(monkeypatch, "2-eval.py", *options, "--tools", "calculator")
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert [(row["answer"], row["correct"], row["calls"]) for row in report["answers"]] == [
+        *(("It is 391.", True, 1), ("about 390", False, 1), ("400", False, 0)),
+    ], "a thought is not the answer"
+    assert report["accuracy"] == {"en": pytest.approx(1 / 3)}
+
+
+def test_thinking_switch_adds_an_empty_thought(out, monkeypatch):
+    prompts = script_answers(monkeypatch, *"abcd")
+    for choice in ([], ["--enable_thinking", "true"], ["--enable_thinking", "false"]):
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompt", "?", *choice)
+    assert prompts[0] == prompts[1] and prompts[2] == prompts[0] + "<think>\n\n</think>\n\n"
+
+
+def test_tool_flags_are_checked_before_the_model_is_opened(out, monkeypatch, tmp_path):
+    for flags, *parts in (
+        (
+            ["--tools", "abacus"],
+            "--tools abacus: unknown tool; choose from calculator, convert_units, clock, date, lookup",
+        ),
+        (["--tools", "lookup"], "--tools lookup needs --lookup_file"),
+        (["--lookup_file", "x"], "--lookup_file needs --tools lookup"),
+        (["--tools", "clock", "--report"], "--tools cannot be combined with --report"),
+        (["--enable_thinking", "maybe"], "--enable_thinking: maybe: give true or false"),
+        (["--max_tool_calls", "-1"], "--max_tool_calls: -1 is not a whole number of at least 1"),
+    ):
+        with one_line_error(*parts):
+            run_script(monkeypatch, "2-eval.py", "--out_dir", tmp_path / "no models", "--prompt", "?", *flags)
+    with one_line_error("pretrain_64.pth cannot call tools"):
+        run_script(
+            monkeypatch, "2-eval.py", "--out_dir", out, "--stage", "pretrain", "--prompt", "?", "--tools", "clock"
+        )
+    questions = write(tmp_path / "q.jsonl", QUESTION)
+    with one_line_error("pretrain_64.pth cannot call tools"):
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--stage", "pretrain", "--questions", questions,
+                   "--tools", "clock")  # fmt: skip

@@ -33,14 +33,18 @@ ZERO_MEANINGS = {
     "max_bad_fraction": "not one bad row", "val_fraction": "none",
     "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads",
     "no_repeat_ngram_size": "off", "frequency_penalty": "off", "penalty_window": "the whole answer",
-    "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
+    "length_penalty": "the sum decides", "lora_rank": "all weights", "kl_coef": "no KL", "min_entropy": "never",
+    "max_reward_drop": "never", "clip_low": "never below 1",
+    "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "minutes", "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "max_shard_gb",
-    "val_fraction", "max_bad_fraction", "keep_fraction", "overlap", "length_penalty", "dist_timeout",
+    "val_fraction", "max_bad_fraction", "keep_fraction", "kl_coef", "clip_low", "clip_high", "min_entropy",
+    "max_reward_drop",
+    "overlap", "length_penalty", "dist_timeout",
 }  # fmt: skip
 PATHS = {
     "files",

@@ -15,7 +15,15 @@ from common.errors import UserError
 from corpus.stats import DataStats
 from corpus.tokenizer_sample import sample_texts
 from corpus.tokenizer_training import MIN_VOCABULARY, train_tokenizer, vocab_bytes
-from model.tokenizer import IM_END, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
+from model.tokenizer import (
+    CHAT_MARKERS,
+    IM_END,
+    SPARE_TOKENS,
+    SPECIAL_TOKENS,
+    ChatTokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from tests.helpers import ROOT
 
 RESERVED = [*SPECIAL_TOKENS, *SPARE_TOKENS]
@@ -129,7 +137,8 @@ def test_every_character_round_trips(tokenizer: ChatTokenizer) -> None:
 
 # ---- properties that other modules rely on ---------------------------------------------------------------------------
 def test_special_tokens_have_the_first_ids(tokenizer: ChatTokenizer) -> None:
-    assert [tokenizer.backend.token_to_id(token) for token in RESERVED] == list(range(16))
+    reserved = [*SPECIAL_TOKENS, *CHAT_MARKERS, *SPARE_TOKENS[6:]]
+    assert [tokenizer.backend.token_to_id(token) for token in reserved] == list(range(16))
     assert tokenizer.byte_lengths()[:16].sum() == 0 and (tokenizer.byte_lengths()[16:] > 0).all()
     assert tokenizer.vocab_size == VOCAB
     vocab = tokenizer.backend.get_vocab()

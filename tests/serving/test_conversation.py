@@ -12,9 +12,11 @@ import pytest
 from common.errors import UserError
 from evaluation import chat_model
 from evaluation.chat_model import open_chat_model
+from evaluation.tool_loop import ToolOptions
+from evaluation.tools import find_tools
 from model.sampling import SamplingParams
 from serving.conversation import Conversation
-from tests.helpers import save_scripted_model
+from tests.helpers import save_scripted_model, script_answers
 
 GREEDY = SamplingParams(max_new_tokens=20)
 
@@ -192,3 +194,63 @@ def test_running_out_of_memory_ends_only_the_reply(models, monkeypatch):
     finish_replies(chat)
     reply = chat.turns[0].replies[0]
     assert (reply.text, reply.stop_reason, reply.error) == ("so far", "error", "CUDA out of memory")
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tool_model(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tools") / "caller.pth"
+    return open_chat_model(save_scripted_model(path, tokenizer, [CALL], max_seq_len=2048), "cpu")
+
+
+def test_a_reply_with_tools_has_parts_and_its_calls_stay_in_the_history(tool_model, monkeypatch):
+    recorded = script_answers(monkeypatch, f"<think>\nadd\n</think>\n\n{CALL}", "It is 5.", "yes")
+    chat, options = Conversation(), ToolOptions(tuple(find_tools("calculator")))
+    chat.start_turn("2+3?", [tool_model], GREEDY, options=options)
+    finish_replies(chat)
+    reply = chat.turns[0].replies[0]
+    assert reply.parts == [
+        *(("reasoning", "add"), ("tool_call", 'calculator {"expression": "2+3"}'), ("tool_result", "5")),
+        ("content", "It is 5."),
+    ]
+    assert (reply.text, reply.stop_reason, reply.is_truncated) == ("It is 5.", "stop", False) and reply.tokens > 20
+    chat.start_turn("sure?", [tool_model], GREEDY, options=options)
+    assert "<tool_response>\n5\n</tool_response>" in recorded[2] and "add" not in recorded[2].split("<|im_end|>", 1)[1]
+
+
+def test_a_reply_stopped_after_a_call_keeps_the_result(tool_model):
+    chat = Conversation()
+    chat.start_turn("2+3?", [tool_model], GREEDY, options=ToolOptions(tuple(find_tools("calculator"))))
+    while not any(part.kind == "tool_result" for part in chat.turns[0].replies[0].parts):
+        chat.advance()
+    chat.stop()
+    reply = chat.turns[0].replies[0]
+    assert reply.stop_reason == "stopped" and [m["role"] for m in reply.reply.messages] == ["assistant", "tool"]
+
+
+def test_the_limit_of_calls_ends_a_reply(tool_model):
+    chat = Conversation()
+    chat.start_turn("?", [tool_model], GREEDY, options=ToolOptions(tuple(find_tools("calculator")), 1))
+    finish_replies(chat)
+    assert chat.turns[0].replies[0].stop_reason == "tool_calls"
+
+
+def test_a_model_whose_format_has_no_tools_reads_questions_and_answers_only(
+    tool_model, tokenizer, tmp_path, monkeypatch
+):
+    path = save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer.with_chat_format("belle"), ["x"])
+    plain, options = open_chat_model(path, "cpu"), ToolOptions(tuple(find_tools("calculator")))
+    recorded = script_answers(monkeypatch, CALL, "five", CALL, *"ab")
+    chat = Conversation()
+    with pytest.raises(UserError, match="cannot call tools: the chat format belle has no tools"):
+        chat.start_turn("2+3?", [tool_model, plain], GREEDY, options=options)
+    assert not chat.turns and not recorded
+    chat.start_turn("2+3?", [tool_model], GREEDY, options=options)
+    finish_replies(chat)
+    chat.start_turn("again", [tool_model], GREEDY)
+    finish_replies(chat)
+    chat.start_turn("then", [tool_model, plain], GREEDY)
+    finish_replies(chat)
+    assert recorded[-1] == "Human: 2+3? \n\nAssistant:fiveHuman: then \n\nAssistant:"

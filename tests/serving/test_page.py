@@ -16,12 +16,13 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
 
+from evaluation.tools import TOOLS
 from model.sampling import SamplingParams
 from serving import page_strings
 from serving.config import PageConfig
 from serving.conversation import Conversation
 from serving.sidebar import format_by_language, format_count
-from tests.helpers import ROOT, run_here, run_process, save_scripted_model
+from tests.helpers import ROOT, run_here, run_process, save_scripted_model, script_answers
 
 NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 
@@ -162,9 +163,9 @@ def test_an_example_prompt_is_asked_with_one_click(open_page, out):
 def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen, real = open_page("--out_dir", out), [], Conversation.start_turn
 
-    def spy(conversation, question, page_models, settings, system="", attempt=0):
+    def spy(conversation, question, page_models, settings, system="", attempt=0, options=None):
         seen.append((settings, system))
-        return real(conversation, question, page_models, settings, system, attempt)
+        return real(conversation, question, page_models, settings, system, attempt, options)
 
     monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
@@ -183,7 +184,11 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
 def test_beam_search_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen = open_page("--out_dir", out), []
     real = Conversation.start_turn
-    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    monkeypatch.setattr(
+        Conversation,
+        "start_turn",
+        lambda *arguments, **options: (seen.append(arguments[3]), real(*arguments, **options))[1],
+    )
     page.slider(key="num_beams").set_value(4)
     page.slider(key="no_repeat_ngram_size").set_value(5)
     assert shown_texts(ask_question(page.run(), "x")) == ["x", "鸟叫!"]
@@ -198,7 +203,11 @@ def test_a_chat_format_brings_its_sampling_preset(open_page, tokenizer, tmp_path
     save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer.with_chat_format("belle"), ["hi"], trigger=":")
     page, seen = open_page("--out_dir", tmp_path, lang=lang), []
     real = Conversation.start_turn
-    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    monkeypatch.setattr(
+        Conversation,
+        "start_turn",
+        lambda *arguments, **options: (seen.append(arguments[3]), real(*arguments, **options))[1],
+    )
     toggle = page.toggle(key="preset_belle")
     assert toggle.value and "belle" in toggle.label and "1.2" in toggle.help
     ask_question(page, "x")
@@ -323,3 +332,83 @@ def test_out_is_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     assert PageConfig().models_dir.resolve() == tmp_path / "out"
     assert str(PageConfig(out_dir="there").models_dir) == "there"
+
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call>'
+
+
+@pytest.fixture
+def tool_folder(tokenizer, tmp_path):
+    save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["x"], max_seq_len=2048)
+    save_scripted_model(tmp_path / "pretrain_64.pth", tokenizer, ["x"], "pretrain", trigger="o")
+    return tmp_path
+
+
+@pytest.mark.parametrize("lang", page_strings.LANGUAGE_LABELS)
+def test_thoughts_and_calls_are_folded_above_the_answer(open_page, tool_folder, monkeypatch, lang):
+    prompts = script_answers(monkeypatch, f"<think>\n<b>add</b>\n</think>\n\n{CALL}", "It is **5**.", CALL)
+    page, strings = open_page("--out_dir", tool_folder, lang=lang), page_strings.STRINGS[lang]
+    page.multiselect(key="tools").set_value(["calculator", "clock"]).run()
+    assert page.multiselect(key="tools").options == [strings[f"tool_{name}"] for name in TOOLS]
+    ask_question(page, "2+3?")
+    steps = ["<b>add</b>", 'calculator {"expression": "2+3"}', "5"]
+    assert shown_texts(page) == ["2+3?", *steps, "It is **5**."]
+    (folded,) = (each for each in page.expander if each.label == strings["steps"])
+    assert [text.value for text in folded.text] == steps and not folded.proto.expanded
+    assert [caption.value for caption in folded.caption] == [strings[name] for name in ("thought", "call", "result")]
+    assert '"name": "calculator"' in prompts[0] and '"name": "clock"' in prompts[0] and '"date"' not in prompts[0]
+
+    page.toggle(key="markdown").set_value(True).run()
+    assert [text.value for text in page.text] == ["2+3?", *steps], "a thought stays plain text"
+    page.multiselect(key="tools").set_value([]).run()
+    page.toggle(key="thinking").set_value(False).run()
+    ask_question(page, "more")
+    assert prompts[2].endswith("assistant\n<think>\n\n</think>\n\n") and "# Tools" not in prompts[2]
+    assert "<tool_response>\n5\n</tool_response>" in prompts[2]
+    assert strings["no_answer"] in page.caption.values, "a call without tools is no answer"
+
+
+def test_a_pretrained_model_has_no_tool_picker(open_page, tool_folder):
+    page = open_page("--out_dir", tool_folder)
+    assert not page.multiselect(key="tools").disabled and not page.toggle(key="thinking").disabled
+    page.multiselect(key="tools").set_value(["clock"]).run()
+    page.selectbox(key="model").set_value("pretrain_64").run()
+    assert page.multiselect(key="tools").disabled and page.toggle(key="thinking").disabled
+    assert shown_texts(ask_question(page, "so")) == ["so", "x"]
+    page.selectbox(key="model").set_value("full_sft_64").run()
+    page.selectbox(key="second").set_value("pretrain_64").run()
+    assert page.multiselect(key="tools").disabled, "both models must have tools"
+
+
+def test_an_open_thought_streams_in_an_open_expander(open_page, tool_folder, monkeypatch):
+    script_answers(monkeypatch, f"<think>\nadd\n</think>\n\n{CALL}", "done")
+    page, real, left = open_page("--out_dir", tool_folder), Conversation.advance, [4]
+
+    def interrupted(conversation):
+        left[0] -= 1
+        if left[0] < 0:
+            raise StopException
+        return real(conversation)
+
+    monkeypatch.setattr(Conversation, "advance", interrupted)
+    monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)
+    page.multiselect(key="tools").set_value(["calculator"]).run()
+    ask_question(page, "x")
+    (steps,) = (each for each in page.expander if each.label == "Thoughts and calls")
+    assert steps.proto.expanded and shown_texts(page) == ["x", "a", "▍"]
+    left[0] = 99
+    page.run()
+    assert shown_texts(page) == ["x", "add", 'calculator {"expression": "2+3"}', "5", "done"]
+
+
+def test_the_lookup_tool_of_the_page_reads_a_file(open_page, tool_folder, tmp_path, monkeypatch, capsys):
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"subject": "France", "relation": "capital", "value": "Paris"}', encoding="utf-8")
+    call = '<tool_call>{"name": "lookup", "arguments": {"subject": "France"}}</tool_call>'
+    script_answers(monkeypatch, call, "Paris.")
+    page = open_page("--out_dir", tool_folder, "--lookup_file", facts)
+    page.multiselect(key="tools").set_value(["lookup"]).run()
+    assert shown_texts(ask_question(page, "?"))[-2:] == ["capital: Paris", "Paris."]
+    facts.write_text("no", encoding="utf-8")
+    failed = run_here(monkeypatch, capsys, "web_demo.py", "--lookup_file", facts)
+    assert failed.returncode == 2 and "facts.jsonl:1: expected" in failed.stderr

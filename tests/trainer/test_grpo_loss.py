@@ -1,6 +1,6 @@
 """GRPO losses equal hand-computed values; advantages, losses and gradients equal trl's GRPOTrainer; tool results."""
 
-import functools
+import copy
 import math
 import types
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from corpus.prompt_data import PromptRow
-from model.config import ModelConfig
-from model.transformer import Transformer
-from tests.helpers import load_script
+from tests.helpers import load_script, tiny_model
 from tests.model.test_hf_parity import hf_settings, make_random_model
 from trainer.datasets import WIDTH_MULTIPLE
 from trainer.distributed import DistContext
@@ -19,7 +17,7 @@ from trainer.grpo import Rollouts, collapse_stop, group_metrics
 from trainer.grpo_config import GRPOConfig
 from trainer.loss import IGNORE_INDEX
 from trainer.rewards import Score
-from trainer.rollout import Answer, Group, Tools
+from trainer.rollout import Answer, Group, Tools, sample_answers
 
 GRPO = load_script("6-grpo_train.py")
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo")
@@ -128,7 +126,8 @@ def random_groups(stop_id):
 
 
 def make_rollouts(config, model, reference, tokenizer):
-    stage = types.SimpleNamespace(model=model, tokenizer=tokenizer)
+    data = types.SimpleNamespace(num_dropped=0)
+    stage = types.SimpleNamespace(model=model, tokenizer=tokenizer, data=data, validation={})
     return Rollouts(config, stage, DIST, reference, Tools())
 
 
@@ -160,7 +159,8 @@ def trl_trainer(config, policy, groups, tokenizer_dir, tmp_path):
     settings = trl.GRPOConfig(
         str(tmp_path), per_device_train_batch_size=12, num_generations=4, max_completion_length=config.max_new_tokens,
         loss_type=config.loss, scale_rewards="none" if config.loss == "dr_grpo" else "group", use_cpu=True, bf16=False,
-        epsilon=config.clip_low, epsilon_high=config.clip_high + (config.loss == "cispo"), report_to=[], beta=0.0, use_bias_correction_kl=False,
+        epsilon=config.clip_low, epsilon_high=config.clip_high + (config.loss == "cispo"), report_to=[], beta=0.0,
+        use_bias_correction_kl=False,
         mask_truncated_completions=config.truncated == "mask", temperature=config.temperature,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
@@ -178,7 +178,7 @@ def trl_trainer(config, policy, groups, tokenizer_dir, tmp_path):
 def test_advantages_losses_and_gradients_equal_trl(models, tokenizer, tokenizer_dir, tmp_path, loss, truncated):
     policy, sampler, parent = models
     config = GRPOConfig(
-        loss=loss, beta=0.05, truncated=truncated, temperature=0.8, clip_high=0.1, clip_low=0.1, **SETTINGS
+        loss=loss, kl_coef=0.05, truncated=truncated, temperature=0.8, clip_high=0.1, clip_low=0.1, **SETTINGS
     )
     groups = random_groups(tokenizer.stop_ids[0])
     rollouts = make_rollouts(config, sampler, parent, tokenizer)
@@ -194,7 +194,7 @@ def test_advantages_losses_and_gradients_equal_trl(models, tokenizer, tokenizer_
             start = inputs["prompt_mask"][row].sum() - 1  # labels are shifted by one
             length = inputs["completion_mask"][row].sum()
             inputs[name][row, :length] = values[i, start : start + length]
-    trainer.beta = config.beta  # above it would make trl load a reference model
+    trainer.beta = config.kl_coef  # above it would make trl load a reference model
     theirs = trainer._compute_loss(trainer.model.train(), inputs)
     theirs.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -211,3 +211,61 @@ def test_advantages_losses_and_gradients_equal_trl(models, tokenizer, tokenizer_
     for name, parameter in policy.named_parameters():
         assert parameter.grad.abs().max() > 1e-5, name
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-5)
+
+
+# ---- sampled answers -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes", [{}, {"use_moe": True, "n_routed_experts": 4}], ids=["dense", "moe"])
+def test_the_first_ratio_is_exactly_one(tokenizer, monkeypatch, changes):
+    """In fp32: log p before the first inner step is computed as in training, not by the decoding step."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=64, **changes)
+    config = GRPOConfig(**{**SETTINGS, "batch_size": 5}, loss="dapo", temperature=0.9)
+    groups = [
+        Group(
+            PromptRow([], ""),
+            [Answer([], tokenizer.encode(text), i) for i in range(4)],
+            [Score(float(i % 2), {}) for i in range(4)],
+        )
+        for text in ("a", "hello", "数字")
+    ]
+    answers = [answer for group in groups for answer in group.answers]
+    sample_answers(model, tokenizer, answers, config.sampling, Tools())
+    batches, _ = our_batches(config, make_rollouts(config, model, copy.deepcopy(model), tokenizer), groups)
+    ratios, real = [], GRPO.policy_loss
+    record = lambda log_probs, old, *more: ratios.append((log_probs - old).exp()) or real(log_probs, old, *more)
+    monkeypatch.setattr(GRPO, "policy_loss", record)
+    model.train()
+    for batch in batches:
+        assert batch["input_ids"].shape[1] % WIDTH_MULTIPLE == 0 and (batch["old"] != 0).equal(
+            batch["labels"] != IGNORE_INDEX
+        )
+        GRPO.compute_loss(model, batch, config)[0].backward()
+    assert [len(batch["old"]) for batch in batches] == [4, 4, 4] and all((ratio == 1).all() for ratio in ratios)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    GRPO.compute_loss(model, batches[0], config)
+    assert not (ratios[-1] == 1).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_group_that_agrees_gives_no_gradient(models, tokenizer, loss):
+    """Not even with other probabilities than those of sampling."""
+    policy, sampler, parent = models
+    config = GRPOConfig(loss=loss, kl_coef=0.0, **SETTINGS)
+    groups = random_groups(tokenizer.stop_ids[0])[1:2]
+    batches, _ = our_batches(config, make_rollouts(config, sampler, parent, tokenizer), groups)
+    policy.zero_grad()
+    GRPO.compute_loss(policy, batches[0], config)[0].backward()
+    assert all(not parameter.grad.any() for parameter in policy.parameters())
+
+
+def test_micro_batches_add_up_to_the_whole_step(models, tokenizer):
+    policy, sampler, parent = models
+    found = []
+    for size in (12, 5):
+        config = GRPOConfig(loss="dapo", kl_coef=0.1, **{**SETTINGS, "batch_size": size})
+        batches, _ = our_batches(
+            config, make_rollouts(config, sampler, parent, tokenizer), random_groups(tokenizer.stop_ids[0])
+        )
+        assert sum(batch["num_targets"] for batch in batches) == 12 and len(batches) == (1 if size == 12 else 3)
+        found.append(sum(GRPO.compute_loss(policy, batch, config)[0].item() for batch in batches))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] != 0

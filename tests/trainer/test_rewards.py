@@ -3,6 +3,7 @@ names its row."""
 
 import json
 import math
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -54,6 +55,7 @@ def call(name, **arguments):
         ("The capital of France is Paris.", "Paris"), ("paris", "Paris"), ("法国的首都是巴黎。", "巴黎"),
         ("“巴黎”", "巴黎"), ("It is New  York!", "New York"), ("\\boxed{\\frac{3}{4}}", "\\boxed{\\frac{3}{4}}"),
         ("x = 3/4", "3/4"), ("C++", "C++"),
+        ("42", "It is 42."), ("It is 42", "40+2=42。"), ("一共42个。", "等于42"), ("at 3:30", "3:30"), ("an A4", "A4"),
     ],
 )  # fmt: skip
 def test_agreeing_answers(answer, reference):
@@ -69,6 +71,7 @@ def test_agreeing_answers(answer, reference):
         ("Paris is large", "Paris"), ("Comparis", "Paris"), ("北京", "巴黎"), ("", "巴黎"), ("3.4", "3/4"),
         ("x-1", "x+1"),
         ("anything", ""), ("", ""), ("anything", "#### "), ("C", "C++"),
+        ("30", "3:30"), ("4", "A4"), ("7/4", "3/4"), ("42", "42 apples"), ("It is 43", "It is 42"),
     ],
 )  # fmt: skip
 def test_other_answers(answer, reference):
@@ -82,6 +85,16 @@ def test_a_thought_is_not_part_of_the_answer():
     assert exact_reward(row, "<think>\nIt is 42.") == 0, "the thought does not end: there is no answer"
     assert exact_reward(row, "<think>\nIt is 42.\n</think>\n\n") == 0
     assert exact_reward(row, f"{call('calculator', expression='42')}\n") == 0, "a call is no answer"
+
+
+def test_a_thought_after_a_result_is_not_part_of_the_answer_either():
+    """A rollout with a tool has several turns: call, result (not part of the text), answer."""
+    turns = "<think>\nuse it\n</think>\n\n" + call("calculator", expression="40+2")
+    rewards = load_rewards("exact,format,tool")
+    for end, exact, closed in (("It is 42.", 1, 1), ("<think>\nIt is 41.\n</think>\n\n42", 1, 1),
+                               ("<think>\nIt is 42.\n</think>\n\n41", 0, 1), ("<think>\nIt is 42.", 0, 0)):  # fmt: skip
+        parts = score(rewards, TOOL_ROW, turns + end).parts
+        assert parts == {"exact": exact, "format": closed, "tool": 1}, end
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_a_wrong_schema_is_refused_and_downloads_nothing(tmp_path, monkeypatch):
 
 
 def test_without_jsonschema_the_error_names_pip(schema, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jsonschema", None)
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
     with one_line_error("needs jsonschema: pip install jsonschema"):
         load_rewards(f"format={schema}")
 
@@ -250,8 +263,10 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text("import no_such_package\n")
     (tmp_path / "odd_rewards.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    path = list(sys.path)
+    yield tmp_path
+    assert sys.path == path, "the current folder is searched for this import only"
+    sys.modules.pop("my_rewards", None)
 
 
 def test_a_function_of_the_current_folder_is_a_reward(module):
@@ -261,7 +276,8 @@ def test_a_function_of_the_current_folder_is_a_reward(module):
 
 def test_a_function_gets_the_prompt_the_answer_and_the_reference(module):
     seen = []
-    __import__("my_rewards").seen = lambda *texts: seen.append(texts) or True
+    load_rewards("my_rewards:words")
+    sys.modules["my_rewards"].seen = lambda *texts: seen.append(texts) or True
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     assert score(load_rewards("my_rewards:seen"), PromptRow(messages, "42"), "<think>\n").total == 1
     assert seen == [("Be brief.\nHow much is 40+2?", "<think>\n", "42")]
