@@ -7,7 +7,7 @@ The text files in data/ come in one set per language (XX is en or zh). They cont
     templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
     identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
-    arithmetic_XX.txt    [relation]            label: template | template     the same, with numbers {a} {b} {c}, result {o}
+    arithmetic_XX.txt    [relation]            label: template | template     the same; {a} {b} {c}: terms, {o}: result
     phrases_XX.txt       [name]                sentence | sentence            sections and their slots: PHRASES
 
 A label may have several lines. A malformed line raises a UserError that names file and line.
@@ -72,7 +72,7 @@ class Templates:
 
 @dataclass
 class Questions:
-    """Questions and their answers, without slots but those of QUESTION_SLOTS; a correct answer contains one of `keys`."""
+    """Questions and their answers, with the slots of QUESTION_SLOTS; a correct answer contains one of `keys`."""
 
     ask: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)

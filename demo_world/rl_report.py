@@ -14,7 +14,7 @@ from demo_world.rl_steps import QUESTIONS, answers_path
 MOMENTS = {"dpo": "before", "tools": "SFT with tools", "grpo": "GRPO"}
 MEANINGS = {
     "arithmetic": "sums of three terms, without a tool; no training contains these terms or wordings",
-    "calculator": "sums, differences and products of large numbers that no training contains; the model may call a tool",
+    "calculator": "sums, differences and products of large numbers of no training; the model may call a tool",
     "world": "the demo's held-out questions: how much of what the model knew is left",
 }
 

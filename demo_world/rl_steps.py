@@ -2,7 +2,7 @@
 
     tool_world   tool_chats.py       writes chats with a calculator and with thoughts, prompts, held-out questions
     tools        3-full_sft.py       trains the model of the demo on these chats -> tools/full_sft_256.pth
-    grpo         6-grpo_train.py     samples answers to sums that no chat contains, rewards right results -> grpo_256.pth
+    grpo         6-grpo_train.py     samples answers to other sums, rewards right results -> grpo_256.pth
 
 Before and after each training 2-eval.py asks the same questions: sums of three terms, large numbers with a calculator,
 the world. Read next: tool_chats.py (the chats), rl_report.py (the table).
