@@ -32,6 +32,7 @@ from trainer.rollout import Answer, Group, PromptDataset, Tools, answer_seed, sa
 from trainer.stage import Stage
 from trainer.train_state import TrainState, micro_batch_size
 
+MAX_ERRORS = 3  # standard errors of the best held-out reward; a smaller drop may be chance
 SHOWN_CHARACTERS = 300  # of a prompt or an answer on the screen
 Metrics = dict[str, float]
 
@@ -177,7 +178,7 @@ class Rollouts:
         state.validation keeps the row, for the early stop.
         """
         row: MetricRow = {"step": state.step, "answers": state.tokens, "val_reward": {}, "val_pass@1": {}}
-        settings, total, count = SamplingParams(max_new_tokens=self.config.max_new_tokens), 0.0, 0.0
+        settings, total = SamplingParams(max_new_tokens=self.config.max_new_tokens), np.zeros(3)
         for split, held_out in self.stage.validation.items():
             data: Any = held_out
             order = np.random.default_rng(0).permutation(len(data))
@@ -187,11 +188,15 @@ class Rollouts:
             first = self.val_rewards[0].name
             rewards = [group.scores[0].total for group in groups]
             passed = [group.scores[0].parts[first] > 0.5 for group in groups]
-            sums = self.dist.all_reduce_sum([float(len(mine)), math.fsum(rewards), float(sum(passed))])
-            row["val_reward"][split], row["val_pass@1"][split] = sums[1] / sums[0], sums[2] / sums[0]
-            total, count = total + sums[1], count + sums[0]
-        row["val_mean_reward"] = total / max(count, 1)
-        row["val_best_reward"] = max(row["val_mean_reward"], state.validation.get("val_best_reward", -math.inf))
+            squares = math.fsum(reward**2 for reward in rewards)
+            sums = self.dist.all_reduce_sum([float(len(mine)), math.fsum(rewards), squares, float(sum(passed))])
+            row["val_reward"][split], row["val_pass@1"][split] = sums[1] / sums[0], sums[3] / sums[0]
+            total += sums[:3]
+        if total[0]:
+            mean, before = float(total[1] / total[0]), state.validation.get("val_best_reward", -math.inf)
+            error = math.sqrt(max(float(total[2] / total[0]) - mean**2, 0.0) / float(total[0]))
+            row |= {"val_mean_reward": mean, "val_best_reward": max(mean, before)}
+            row["val_best_error"] = error if mean > before else state.validation["val_best_error"]
         state.validation = row
         return row
 
@@ -242,7 +247,8 @@ def collapse_stop(config: GRPOConfig) -> Callable[[MetricRow], str]:
                 "them; if the reward is low, try a lower --learning_rate or a higher --kl_coef or --temperature"
             )
         best, now = row.get("val_best_reward", 0.0), row.get("val_mean_reward", 0.0)
-        if config.max_reward_drop and best - now > config.max_reward_drop * abs(best):
+        noise = MAX_ERRORS * row.get("val_best_error", 0.0)
+        if config.max_reward_drop and best - now > max(config.max_reward_drop * abs(best), noise):
             return (
                 f"the held-out reward fell from {best:.3f} to {now:.3f} (--max_reward_drop "
                 f"{config.max_reward_drop:g}), that of training is {row['reward']:.3f}: look at the samples in the log "

@@ -89,8 +89,8 @@ class GRPOConfig(TrainConfig):
         type=non_negative_float,
     )  # fmt: skip
     max_reward_drop: float = _rewards(
-        0.3, "stop when the held-out reward has fallen by more than this fraction of its best value (0: never)",
-        type=non_negative_float,
+        0.3, "stop when the held-out reward has fallen by more than this fraction of its best value, and by 3 standard "
+        "errors (0: never)", type=non_negative_float,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

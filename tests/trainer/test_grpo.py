@@ -324,9 +324,12 @@ def test_a_killed_run_ends_with_the_same_weights(grpo, monkeypatch, capsys, kill
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize(
-    ("mode", "changes"), [("ddp", {}), ("fsdp", {"use_moe": True, "n_routed_experts": 4, "balance_loss_coef": 0.0})]
+FSDP_MOE = pytest.param(
+    "fsdp", {"use_moe": True, "n_routed_experts": 4, "balance_loss_coef": 0.0}, marks=pytest.mark.slow
 )
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("ddp", {}), FSDP_MOE], ids=["ddp", "fsdp moe"])
 def test_two_processes_give_the_run_of_one(grpo, tokenizer, rl_dir, tmp_path, mode, changes):
     for name in ("one", "two"):
         save_parent(tmp_path / name, tokenizer, **changes)

@@ -92,6 +92,7 @@ def test_early_stops_name_their_cause():
     assert stop(row) == "" and stop({**row, "val_best_reward": 0.5, "val_mean_reward": 0.36}) == ""
     assert "entropy of the answers fell to 0.0040" in stop({**row, "entropy": 0.004})
     assert "fell from 0.500 to 0.340" in stop({**row, "val_best_reward": 0.5, "val_mean_reward": 0.34})
+    assert stop({**row, "val_best_reward": 0.5, "val_mean_reward": 0.34, "val_best_error": 0.06}) == "", "noise"
     never = collapse_stop(GRPOConfig(min_entropy=0.0, max_reward_drop=0.0))
     assert never({**row, "entropy": 0.0, "val_best_reward": 0.5, "val_mean_reward": 0.0}) == ""
 
