@@ -3,7 +3,8 @@
     chats.jsonl         {"messages", "lang"}              a calculator is offered: question -> call -> result -> answer;
                                                           sums of three terms with a thought; ordinary chats and
                                                           those about the new identity again (replay)
-    prompts.jsonl       {"question", "answer", "lang"}    sums of three terms that chats.jsonl does not contain
+    prompts.jsonl       {"question", "answer", "lang"}    sums of three terms that chats.jsonl does not contain, and
+                                                          questions about the world, which keep its answers rewarded
     arithmetic.jsonl    {"question", "keys", ...}         sums of neither file, asked with held-out templates
     calculator.jsonl    {"question", "keys", ...}         sums, differences and products of large numbers, the same way
 
@@ -19,6 +20,7 @@ Read next: ../evaluation/tools.py (the calculator), ../6-grpo_train.py (trains o
 """
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,12 +41,14 @@ from demo_world.world import DemoWorld
 from evaluation.tools import run_tool
 from model.answer_parts import ToolCall
 from model.chat_template import Message
+from trainer.reward_text import agrees
 
 OFFER: Message = {"role": "system", "content": "", "tools": [CALCULATOR.schema]}
 OPERATORS = {"sum": "+", "difference": "-", "product": "*"}
-LARGEST = {"sum": 999, "difference": 999, "product": 99}  # numbers of the calculator; the smallest is 21
+LARGE = range(100, 1000)  # numbers of the calculator
 HELDOUT_NUMBERS = 0.2  # fraction of these numbers
-TURNS = 4  # questions of a chat with a calculator: its schema is the longest part
+TURNS = 5  # questions of a chat with a calculator: its schema is the longest part
+SFT_SHARE = 0.5  # fraction of the wordings of a sum that SFT answers with a thought; the prompts have all of them
 PLAIN_SHARE = 0.2  # of these questions: about the world, answered without a call
 
 FILES = ("chats", "prompts", "arithmetic", "calculator")
@@ -57,9 +61,9 @@ class ToolChatsConfig(Config):
 
     out_dir: str = flag("out/demo/tool_world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
-    tool_chats: int = flag(250, "chats in which a calculator is offered", type=positive_int)
+    tool_chats: int = flag(550, "chats in which a calculator is offered", type=positive_int)
     sums: int = flag(150, "sums of three terms in the chats", type=int_between(1, 400))
-    replay: int = flag(400, "chats of the earlier stages", type=positive_int)
+    replay: int = flag(1000, "chats of the earlier stages", type=positive_int)
     wordings: int = flag(2, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
     questions: int = flag(150, "held-out questions of each kind", type=int_between(1, 300))
 
@@ -100,11 +104,13 @@ class ToolChats:
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
         self.templates: dict[str, Any] = {**self.world.templates, **read_questions("arithmetic", lang)}
+        self.world_turns = [(fact, turn) for fact, _, turn in self.world.turns(1) if fact.relation != "me"]
         self.terms = split_terms(config.seed, config.sums, config.questions)
 
-    def ask(self, relation: str, *terms: int) -> str:
-        """A question with a training template, in a wrapper."""
-        question = self._fill(self.templates[relation].ask, *terms)
+    def ask(self, relation: str, *terms: int, share: float = 1.0) -> str:
+        """A question with one of the first training templates, in a wrapper. share: fraction of the templates."""
+        asks = self.templates[relation].ask
+        question = self._fill(asks[: math.ceil(share * len(asks))], *terms)
         return self.rng.choice(self.world.phrases["wrappers"]).format(q=question)
 
     def _fill(self, templates: list[str], *terms: int, result: str = "") -> str:
@@ -112,9 +118,9 @@ class ToolChats:
 
     def large_numbers(self, relation: str, heldout: bool) -> Terms:
         """Two numbers of the given split, for a difference the larger one first."""
-        numbers = [n for n in range(21, LARGEST[relation] + 1) if is_heldout(n, self.config.seed) == heldout]
+        numbers = [n for n in LARGE if is_heldout(n, self.config.seed) == heldout]
         while True:
-            a, b = (self.rng.choice([n for n in numbers if n < limit]) for limit in self.rng.choices((100, 1000), k=2))
+            a, b = self.rng.choices(numbers, k=2)
             if relation != "difference":
                 return a, b
             if a > b and a != 2 * b:  # repeating the question must not score
@@ -144,14 +150,15 @@ class ToolChats:
     def sum_chat(self, terms: Terms) -> list[Message]:
         answer = self._fill(self.templates["three_terms"].answer, *terms, result=str(sum(terms)))
         return [
-            {"role": "user", "content": self.ask("three_terms", *terms)},
+            {"role": "user", "content": self.ask("three_terms", *terms, share=SFT_SHARE)},
             {"role": "assistant", "content": answer, "reasoning_content": thought_of(*terms)},
         ]
 
     def chats(self) -> Iterator[dict[str, Any]]:
         """Rows of chats.jsonl, by kind."""
         config = self.config
-        replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in identity_chats(self.world)]
+        old = [*identity_chats(self.world), *([turn] for _, turn in self.world_turns)]
+        replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in old]
         chats = self.rng.sample(replay, min(config.replay, len(replay)))
         chats += [self.tool_chat(replay) for _ in range(config.tool_chats)]
         chats += [self.sum_chat(terms) for terms in self.terms["chats"] * config.wordings]
@@ -163,6 +170,9 @@ class ToolChats:
         """Rows of prompts.jsonl."""
         for terms in self.terms["prompts"] * self.config.wordings:
             yield {"question": self.ask("three_terms", *terms), "answer": str(sum(terms)), "lang": self.lang}
+        for fact, (question, answer) in self.world_turns:
+            if agrees(answer, fact.keys[0]):
+                yield {"question": question, "answer": fact.keys[0], "lang": self.lang}
 
     def arithmetic(self) -> Iterator[dict[str, Any]]:
         """Rows of arithmetic.jsonl."""
