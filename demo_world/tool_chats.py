@@ -48,7 +48,7 @@ OPERATORS = {"sum": "+", "difference": "-", "product": "*"}
 LARGE = range(100, 1000)  # numbers of the calculator
 HELDOUT_NUMBERS = 0.2  # fraction of these numbers
 TURNS = 5  # questions of a chat with a calculator: its schema is the longest part
-SFT_SHARE = 0.5  # fraction of the wordings of a sum that SFT answers with a thought; the prompts have all of them
+SFT_SHARE = 0.65  # fraction of the wordings of a sum that SFT answers with a thought; the prompts have all of them
 PLAIN_SHARE = 0.2  # of these questions: about the world, answered without a call
 
 FILES = ("chats", "prompts", "arithmetic", "calculator")
@@ -63,7 +63,7 @@ class ToolChatsConfig(Config):
     seed: int = flag(0, "random seed of every choice", type=seed)
     tool_chats: int = flag(550, "chats in which a calculator is offered", type=positive_int)
     sums: int = flag(150, "sums of three terms in the chats", type=int_between(1, 400))
-    replay: int = flag(1000, "chats of the earlier stages", type=positive_int)
+    replay: int = flag(1300, "chats of the earlier stages", type=positive_int)
     wordings: int = flag(2, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
     questions: int = flag(150, "held-out questions of each kind", type=int_between(1, 300))
 
@@ -103,7 +103,7 @@ class ToolChats:
         self.lang, self.config = lang, config
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
-        self.templates: dict[str, Any] = {**self.world.templates, **read_questions("arithmetic", lang)}
+        self.templates = read_questions("arithmetic", lang)
         self.world_turns = [(fact, turn) for fact, _, turn in self.world.turns(1) if fact.relation != "me"]
         self.terms = split_terms(config.seed, config.sums, config.questions)
 
@@ -158,6 +158,7 @@ class ToolChats:
         """Rows of chats.jsonl, by kind."""
         config = self.config
         old = [*identity_chats(self.world), *([turn] for _, turn in self.world_turns)]
+        old += [[turn] for turn in (*self.world.recitals(), *self.world.repetitions())]  # facts that no chat asks about
         replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in old]
         chats = self.rng.sample(replay, min(config.replay, len(replay)))
         chats += [self.tool_chat(replay) for _ in range(config.tool_chats)]
