@@ -22,6 +22,7 @@ Read next: ../evaluation/tools.py (the calculator), ../6-grpo_train.py (trains o
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from corpus.language import LANGUAGES
 from demo_world.facts import LARGEST_TERM
 from demo_world.finetune import identity_chats
 from demo_world.generator import CALCULATOR, as_row
-from demo_world.grammar import read_questions
+from demo_world.grammar import fill, read_questions
 from demo_world.world import DemoWorld
 from evaluation.tools import run_tool
 from model.answer_parts import ToolCall
@@ -61,7 +62,7 @@ class ToolChatsConfig(Config):
 
     out_dir: str = flag("out/demo/tool_world", "folder to write", type=path_string)
     seed: int = flag(0, "random seed of every choice", type=seed)
-    tool_chats: int = flag(550, "chats in which a calculator is offered", type=positive_int)
+    tool_chats: int = flag(600, "chats in which a calculator is offered", type=positive_int)
     sums: int = flag(150, "sums of three terms in the chats", type=int_between(1, 400))
     replay: int = flag(1300, "chats of the earlier stages", type=positive_int)
     wordings: int = flag(2, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
@@ -81,9 +82,10 @@ def split_terms(seed: int, sums: int, questions: int) -> dict[str, list[Terms]]:
     return {"arithmetic": terms[:questions], "chats": terms[questions:end], "prompts": terms[end:]}
 
 
-def is_heldout(number: int, seed: int) -> bool:
-    """Whether a large number occurs in calculator.jsonl only."""
-    return random.Random(f"{seed} {number}").random() < HELDOUT_NUMBERS
+def split_numbers(seed: int) -> dict[bool, list[int]]:
+    """The large numbers of calculator.jsonl (True) and of the chats (False)."""
+    heldout = {n: random.Random(f"{seed} {n}").random() < HELDOUT_NUMBERS for n in LARGE}
+    return {split: [n for n in LARGE if heldout[n] == split] for split in (True, False)}
 
 
 def thought_of(a: int, b: int, c: int) -> str:
@@ -104,7 +106,10 @@ class ToolChats:
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
         self.templates = read_questions("arithmetic", lang)
-        self.world_turns = [(fact, turn) for fact, _, turn in self.world.turns(1) if fact.relation != "me"]
+        self.world_turns = [
+            (fact, turn) for fact, forward, turn in self.world.turns(1) if forward and fact.relation != "me"
+        ]
+        self.numbers = split_numbers(config.seed)
         self.terms = split_terms(config.seed, config.sums, config.questions)
 
     def ask(self, relation: str, *terms: int, share: float = 1.0) -> str:
@@ -118,9 +123,8 @@ class ToolChats:
 
     def large_numbers(self, relation: str, heldout: bool) -> Terms:
         """Two numbers of the given split, for a difference the larger one first."""
-        numbers = [n for n in LARGE if is_heldout(n, self.config.seed) == heldout]
         while True:
-            a, b = self.rng.choices(numbers, k=2)
+            a, b = self.rng.choices(self.numbers[heldout], k=2)
             if relation != "difference":
                 return a, b
             if a > b and a != 2 * b:  # repeating the question must not score
@@ -161,7 +165,10 @@ class ToolChats:
         old += [[turn] for turn in (*self.world.recitals(), *self.world.repetitions())]  # facts that no chat asks about
         replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in old]
         chats = self.rng.sample(replay, min(config.replay, len(replay)))
-        chats += [self.tool_chat(replay) for _ in range(config.tool_chats)]
+        plain = [
+            chat for chat in replay if not re.search(r"\d", chat[0]["content"])
+        ]  # offered, it computes all results
+        chats += [self.tool_chat(plain) for _ in range(config.tool_chats)]
         chats += [self.sum_chat(terms) for terms in self.terms["chats"] * config.wordings]
         for messages in chats:
             yield {"messages": messages, "lang": self.lang}
@@ -171,8 +178,9 @@ class ToolChats:
         """Rows of prompts.jsonl."""
         for terms in self.terms["prompts"] * self.config.wordings:
             yield {"question": self.ask("three_terms", *terms), "answer": str(sum(terms)), "lang": self.lang}
-        for fact, (question, answer) in self.world_turns:
-            if agrees(answer, fact.keys[0]):
+        for fact, (question, _) in self.world_turns:
+            answers = self.world.templates[fact.relation].answer
+            if all(agrees(fill(answer, fact), fact.keys[0]) for answer in answers):  # any right answer is rewarded
                 yield {"question": question, "answer": fact.keys[0], "lang": self.lang}
 
     def arithmetic(self) -> Iterator[dict[str, Any]]:

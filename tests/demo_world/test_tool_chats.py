@@ -134,10 +134,16 @@ def test_both_languages_and_ordinary_chats(files):
         counts = [sum(row["lang"] == lang for row in rows) for lang in LANGUAGES]
         assert sum(counts) == len(rows) and abs(counts[0] - counts[1]) < 0.1 * len(rows), name
     plain = [row for row in files["chats"] if len(row["messages"]) == 2 and "reasoning" not in json.dumps(row)]
-    assert len(plain) == 2000
+    assert len(plain) == 2 * ToolChatsConfig.replay
     offered = [row["messages"] for row in files["chats"] if row["messages"][0]["role"] == "system"]
     without_call = [m for messages in offered for m in messages if m["role"] == "assistant" and m["content"]]
-    assert len(offered) == 1100 and len(without_call) > len(list(calculations(files))), "some questions need no tool"
+    digits = [
+        m[i] for m in offered for i in range(1, len(m) - 1) if m[i]["role"] == "user" and numbers(m[i]["content"])
+    ]
+    assert len(digits) == len(list(calculations(files))), "with the tool it computes all results"
+    assert len(offered) == 2 * ToolChatsConfig.tool_chats and len(without_call) > len(list(calculations(files))), (
+        "some questions need no tool"
+    )
 
 
 def test_a_prompt_with_the_calculator_is_short(tmp_path):
