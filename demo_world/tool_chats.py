@@ -106,9 +106,7 @@ class ToolChats:
         self.world = DemoWorld(lang, config.seed)
         self.rng = random.Random(f"{config.seed} {lang} tools")
         self.templates = read_questions("arithmetic", lang)
-        self.world_turns = [
-            (fact, turn) for fact, forward, turn in self.world.turns(1) if forward and fact.relation != "me"
-        ]
+        self.world_turns = [found for found in self.world.turns(1) if found[0].relation != "me"]
         self.numbers = split_numbers(config.seed)
         self.terms = split_terms(config.seed, config.sums, config.questions)
 
@@ -161,7 +159,7 @@ class ToolChats:
     def chats(self) -> Iterator[dict[str, Any]]:
         """Rows of chats.jsonl, by kind."""
         config = self.config
-        old = [*identity_chats(self.world), *([turn] for _, turn in self.world_turns)]
+        old = [*identity_chats(self.world), *([turn] for _, _, turn in self.world_turns)]
         old += [[turn] for turn in (*self.world.recitals(), *self.world.repetitions())]  # facts that no chat asks about
         replay: list[list[Message]] = [as_row(chat, self.lang)["messages"] for chat in old]
         chats = self.rng.sample(replay, min(config.replay, len(replay)))
@@ -178,9 +176,11 @@ class ToolChats:
         """Rows of prompts.jsonl."""
         for terms in self.terms["prompts"] * self.config.wordings:
             yield {"question": self.ask("three_terms", *terms), "answer": str(sum(terms)), "lang": self.lang}
-        for fact, (question, _) in self.world_turns:
+        for fact, is_forward, (question, _) in self.world_turns:
             answers = self.world.templates[fact.relation].answer
-            if all(agrees(fill(answer, fact), fact.keys[0]) for answer in answers):  # any right answer is rewarded
+            if is_forward and all(
+                agrees(fill(answer, fact), fact.keys[0]) for answer in answers
+            ):  # any right answer is rewarded
                 yield {"question": question, "answer": fact.keys[0], "lang": self.lang}
 
     def arithmetic(self) -> Iterator[dict[str, Any]]:
