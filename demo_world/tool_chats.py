@@ -11,7 +11,7 @@
     thought     8+7+15:  8+7=15, 15+15=30                 two sums that the world's texts contain
     call        {"name": "calculator", "arguments": {"expression": "481+62"}}
 
-Each set of three terms belongs to one file, whatever the order. The large numbers of calculator.jsonl occur in no other
+Each set of three terms belongs to one file, in any order. The large numbers of calculator.jsonl occur in no other
 file. Results come from evaluation/tools.py, as when a model calls the tool.
 
     python -m demo_world.tool_chats --out_dir out/demo/tool_world --seed 0      (../demo.py --rl does this)

@@ -83,7 +83,7 @@ def test_thoughts_end_with_the_answer(files):
         assert thought == f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}" and numbers(answer) == (a, b, c, a + b + c)
 
 
-def test_terms_of_a_sum_are_in_one_file_whatever_their_order(files):
+def test_terms_of_a_sum_are_in_one_file_in_any_order(files):
     chats = {tuple(sorted(numbers(question))) for question, _, _ in sums(files)}
     prompts, held_out = (
         {terms for row in files[name] if len(terms := tuple(sorted(numbers(row["question"])))) == 3}
