@@ -115,6 +115,7 @@ def read_all(lang, folder):
         read_phrases(lang, folder),
         read_questions("small_talk", lang, folder),
         read_questions("identity", lang, folder),
+        read_questions("arithmetic", lang, folder),
     )
 
 
@@ -128,7 +129,9 @@ def test_line_endings_and_a_byte_order_mark_change_nothing(tmp_path, lang):
 
 def test_every_data_file_is_read_and_explains_its_format():
     read = {"facts.txt"} | {
-        f"{name}_{lang}.txt" for name in ("templates", "phrases", "small_talk", "identity") for lang in LANGUAGES
+        f"{name}_{lang}.txt"
+        for name in ("templates", "phrases", "small_talk", "identity", "arithmetic")
+        for lang in LANGUAGES
     }
     assert {path.name for path in DATA.iterdir()} == read
     for path in DATA.iterdir():
@@ -136,7 +139,7 @@ def test_every_data_file_is_read_and_explains_its_format():
 
 
 def test_both_languages_have_the_same_sections():
-    chinese, english = ([read_phrases(lang), DemoWorld(lang, 0).small_talk, read_questions("identity", lang)]
+    chinese, english = ([read_phrases(lang), DemoWorld(lang, 0).small_talk, read_questions("identity", lang), read_questions("arithmetic", lang)]
         for lang in ("zh", "en"))  # fmt: skip
     assert set(chinese[0]) - {"words"} == set(english[0])
     assert [list(part) for part in chinese[1:]] == [list(part) for part in english[1:]]
