@@ -74,7 +74,7 @@ def split_terms(seed: int, sums: int, questions: int) -> dict[str, list[Terms]]:
 
     Both languages have the same ones, in any order of a and b.
     """
-    terms = [(a, b, c) for a in range(1, 11) for b in range(a, 11) for c in range(b, LARGEST_TERM + 1)]
+    terms: list[Terms] = [(a, b, c) for a in range(1, 11) for b in range(a, 11) for c in range(b, LARGEST_TERM + 1)]
     rng = random.Random(f"{seed} three terms")
     rng.shuffle(terms)
     terms = [rng.choice([(a, b, c), (b, a, c)]) for a, b, c in terms]

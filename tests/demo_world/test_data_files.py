@@ -8,7 +8,6 @@ from common.errors import UserError
 from corpus.language import LANGUAGES
 from demo_world.facts import DATA, facts_of, read_sections
 from demo_world.grammar import read_phrases, read_questions, read_templates
-from demo_world.world import DemoWorld
 
 
 def slots(facts, relation):
