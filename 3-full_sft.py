@@ -18,6 +18,7 @@ Next:   2-eval.py (chat with it); code: model/tokenizer.py (the mask), model/cha
         trainer/sampler.py (batches of similar length), evaluation/data_scaling.py.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +45,9 @@ class SFTConfig(TrainConfig):
     data_path: str = "dataset/sft"
     batch_size: int = 32
     epochs: float = 2
-    max_seq_len: int | None = length_flag("longer chats keep only the first turns that fit")
+    max_seq_len: int | None = length_flag(
+        "longer chats keep only the first turns that fit; more than the parent's extends the model's context"
+    )
     chat_format: str | None = flag(
         None, "chat format to train with; if omitted: the parent's", choices=tuple(CHAT_FORMATS), group="fine-tuning"
     )
@@ -82,7 +85,9 @@ def main() -> None:
     check_writable(config.out_dir)
     model, tokenizer, parent = open_model(config.init_from or find_parent(config.out_dir, "full_sft"))
     tokenizer = tokenizer.with_chat_format(config.chat_format)
-    max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    max_seq_len = config.max_seq_len or model.config.max_seq_len
+    if max_seq_len > model.config.max_seq_len:  # no weight depends on it
+        model.set_rope(dataclasses.replace(model.config, max_seq_len=max_seq_len))
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         data, validation = open_chat_data(config.data_path, max_seq_len, tokenizer, dist)
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])

@@ -12,6 +12,7 @@
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
     python demo.py --fast               ends each training after a fixed time
+    python demo.py --rl                 further steps (`make demo-rl`): a calculator, thoughts, 6-grpo_train.py
 
 The trainings end after a fixed number of steps: on a slower machine the demo takes longer, and its models are as good.
 With --fast they take 2.5 minutes on any machine, and a slower machine trains a worse model.
@@ -38,6 +39,8 @@ from common.files import write_json
 from common.locks import lock_output
 from common.signals import Terminated
 from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, print_report
+from demo_world.rl_report import make_rl_report, print_rl_report
+from demo_world.rl_steps import DemoStep, rl_steps
 from demo_world.timing import Estimate, minutes_text
 from model.config import PRESETS
 
@@ -65,16 +68,9 @@ class DemoConfig(Config):
     max_steps: int = flag(0, "quick test: stop each training after this many steps (-1 or 0: no limit)",
                           type=flag_types.max_steps)  # fmt: skip
     fast: bool = flag(False, "end each training after a fixed time instead of a fixed number of steps")
-
-
-@dataclass(frozen=True)
-class DemoStep:
-    """One command of the demo. It is complete if it exited with 0 and the files in `results` exist."""
-
-    name: str
-    title: str
-    command: list[str]  # without the interpreter
-    results: list[Path]
+    rl: bool = flag(
+        False, "further steps: a calculator, thoughts, reinforcement learning (their number of steps is fixed)"
+    )
 
 
 def with_recipe(command: list[str]) -> list[str]:
@@ -152,8 +148,8 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
         if not (same and all(path.exists() for path in step.results)):
             break
         complete += 1
-    for step in steps[complete:]:
-        record.pop(step.name, None)
+    if complete < len(steps):  # the results of further steps (--rl) are those of older models
+        record = {step.name: record[step.name] for step in steps[:complete]}
     estimate = None
     if limits is not None and complete < len(steps):
         estimate = Estimate(measure_slowdown(), [step.name for step in steps[complete:]], limits)
@@ -169,7 +165,7 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
             estimate.finish(step.name, seconds)
         record[step.name] = {"command": with_recipe(step.command), "seconds": round(seconds, 1)}
         write_json(out / "steps.json", record)
-    return {name: entry["seconds"] for name, entry in record.items()}
+    return {step.name: record[step.name]["seconds"] for step in steps}
 
 
 def measure_slowdown() -> float:
@@ -231,16 +227,21 @@ def main() -> None:
     started = time.perf_counter()
     with lock_output(out):
         limits = {stage: 60 * minutes for stage, minutes in FAST_MINUTES.items() if config.fast}
-        seconds = run_steps(
-            make_steps(out, config.seed, config.max_steps, config.fast), out, None if config.max_steps else limits
-        )
+        steps = make_steps(out, config.seed, config.max_steps, config.fast)
+        steps += rl_steps(out, DIM, config.seed, config.max_steps) if config.rl else []
+        seconds = run_steps(steps, out, None if config.max_steps else limits)
         report = make_report(out, DIM, seconds, config.seed)
+        if config.rl:
+            report["rl"] = make_rl_report(out, DIM)
         write_json(out / "report.json", report)
     print()
     print_report(report)
+    if config.rl:
+        print_rl_report(report["rl"])
     print(f"loss curves:  {out}/*_{DIM}.png")
     print(f"report as JSON:  {out / 'report.json'}")
-    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
+    model = out / f"{'grpo' if config.rl else LAST_STAGE}_{DIM}.pth"
+    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {model}{' --tools calculator' * config.rl}")
     print(f"demo.py took {time.perf_counter() - started:.0f} seconds")
 
 

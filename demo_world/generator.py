@@ -1,6 +1,7 @@
 """The built-in demo world: short true texts, chats and held-out questions in two languages, generated from a seed.
 
-    words.jsonl       {"text", "lang"}                     texts and chats with one word per line, for the tokenizer
+    words.jsonl       {"text", "lang"}                     texts and chats with one word per line, and the words
+                                                           around tools (tool_chats.py), for the tokenizer
     pretrain.jsonl    {"text", "lang"}                     states every fact with many templates, in short documents;
                                                            some contain a question and its answer
     chats.jsonl       {"messages", "lang"}                 asks about most facts with the training templates
@@ -25,6 +26,7 @@ Read next: world.py (documents, chats and questions of one language), facts.py a
 
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,14 @@ from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.world import DemoWorld, Turn
+from evaluation.tools import TOOLS
+from model.chatml import CHAT_MARKERS, TOOLS_AFTER, TOOLS_BEFORE
 
 # Rounds of each language, relative to the flags. English needs more for the same result: a word has several forms, at
 # the beginning of a sentence too (Slow, slow).
 ROUNDS = {"zh": 0.9, "en": 1.1}
+CALCULATOR = TOOLS["calculator"]
+TOOL_WORD_ROUNDS = 200  # enough for BPE to merge each word into one token
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,14 @@ def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
     roles = ("user", "assistant")
     messages = [{"role": role, "content": text} for turn in chat for role, text in zip(roles, turn, strict=True)]
     return {"messages": messages, "lang": lang}
+
+
+def tool_words() -> str:
+    """The words around the schema of the calculator and around its calls, many times: else they cost 350 tokens."""
+    text = f'{TOOLS_BEFORE}\n{json.dumps(CALCULATOR.schema)}{TOOLS_AFTER}\n{{"name": "calculator", "arguments": {{"'
+    for marker in CHAT_MARKERS:
+        text = text.replace(marker, "\n")
+    return "\n".join([re.sub(r"(?<=\S)(?= )", "\n", text)] * TOOL_WORD_ROUNDS)
 
 
 def lookup_rows(world: DemoWorld) -> list[dict[str, str]]:
@@ -103,6 +117,7 @@ def build_world(config: WorldConfig) -> dict[str, int]:
     contents = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
     contents += [(row["text"], row["lang"]) for row in texts]
     words = [{"text": world_of[lang].split_words(text), "lang": lang} for text, lang in contents]
+    words.append({"text": tool_words(), "lang": "en"})
     files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": heldout}
     files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]

@@ -7,6 +7,7 @@ The text files in data/ come in one set per language (XX is en or zh). They cont
     templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
     identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
+    arithmetic_XX.txt    [relation]            label: template | template     the same; {a} {b} {c}: terms, {o}: result
     phrases_XX.txt       [name]                sentence | sentence            sections and their slots: PHRASES
 
 A label may have several lines. A malformed line raises a UserError that names file and line.
@@ -35,7 +36,12 @@ PHRASES = {  # {section of phrases_XX.txt: slots that its sentences may use}
     "words": "",
 }
 CHINESE_ONLY = "words"
-NEEDED_LABELS = {"small_talk": ("ask", "answer"), "identity": ("ask", "answer", "heldout", "keys")}
+NEEDED_LABELS = {
+    "small_talk": ("ask", "answer"),
+    "identity": ("ask", "answer", "heldout", "keys"),
+    "arithmetic": ("ask", "answer", "heldout"),
+}
+QUESTION_SLOTS = {"arithmetic": "a b c o"}  # numbers and result
 GREETINGS = ("hello", "thanks", "goodbye")  # required sections of small_talk_XX.txt: openings and endings of chats
 
 
@@ -66,7 +72,7 @@ class Templates:
 
 @dataclass
 class Questions:
-    """Questions without slots and their answers; a correct answer contains one of `keys`."""
+    """Questions and their answers, with the slots of QUESTION_SLOTS; a correct answer contains one of `keys`."""
 
     ask: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
@@ -99,10 +105,11 @@ def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dic
 
 
 def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Questions]:
-    """Returns {section: Questions}; `name` is small_talk or identity. Raises UserError for a malformed line."""
+    """Returns {section: Questions}; `name` is a key of NEEDED_LABELS. Raises UserError for a malformed line."""
     path = folder / f"{name}_{lang}.txt"
     labels, needed = [label.name for label in fields(Questions)], NEEDED_LABELS[name]
-    found = {section.name: Questions(**_labelled(section, labels, {}, needed)) for section in read_sections(path)}
+    slots = {slot: Term(slot) for slot in QUESTION_SLOTS.get(name, "").split()}
+    found = {section.name: Questions(**_labelled(section, labels, slots, needed)) for section in read_sections(path)}
     _require(path, GREETINGS if name == "small_talk" else (), found)
     return found
 

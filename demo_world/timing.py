@@ -15,6 +15,13 @@ REFERENCE_SECONDS = {
     "lora_sft": 28.0, "identity_after": 1.9, "score_lora_sft": 3.0, "dpo": 18.9, "score_dpo": 3.1,
     "exam": 0.4, "score_exam": 3.2,
 }  # fmt: skip
+RL_REFERENCE_SECONDS = {  # of the further steps of demo.py --rl
+    "tool_world": 1.5, "tools_data": 3.0, "rl_data": 1.0, "dpo_arithmetic": 3.0, "tools": 100.0,
+    "tools_arithmetic": 4.0, "tools_calculator": 8.0, "tools_world": 4.0, "grpo": 120.0, "grpo_arithmetic": 4.0,
+    "grpo_calculator": 8.0, "grpo_world": 4.0,
+}  # fmt: skip
+ALL_SECONDS = REFERENCE_SECONDS | RL_REFERENCE_SECONDS
+TRAININGS = (*TRAINING, "tools", "grpo")
 SLOW = 1.5  # a slowdown from which on the estimate says that the machine is slow
 
 
@@ -30,14 +37,14 @@ class Estimate:
 
     def _seconds(self, name: str) -> float:
         # Other steps mostly start Python and load models: a GPU does not shorten them.
-        slowdown = self.slowdown if name in TRAINING else max(self.slowdown, 1.0)
-        return min(slowdown * REFERENCE_SECONDS[name], self.limits.get(name, math.inf))
+        slowdown = self.slowdown if name in TRAININGS else max(self.slowdown, 1.0)
+        return min(slowdown * ALL_SECONDS[name], self.limits.get(name, math.inf))
 
     def finish(self, name: str, seconds: float) -> None:
         """A step has taken this many seconds."""
         self.names.remove(name)
-        if name in TRAINING and name not in self.limits:
-            self.slowdown = seconds / REFERENCE_SECONDS[name]
+        if name in TRAININGS and name not in self.limits:
+            self.slowdown = seconds / ALL_SECONDS[name]
 
     def describe(self) -> str:
         """The first line of the demo."""

@@ -238,10 +238,10 @@ class DemoWorld:
             yield chat
         for kind in self.small_talk.values():
             yield from ([one_of(kind)] for _ in range(2 * rounds))
-        yield from ([turn] for turn in self._repetitions())
-        yield from ([turn] for turn in self._recitals())
+        yield from ([turn] for turn in self.repetitions())
+        yield from ([turn] for turn in self.recitals())
 
-    def _recitals(self) -> Iterator[Turn]:
+    def recitals(self) -> Iterator[Turn]:
         """Requests to say anything, answered by 2 to 4 statements. They replay facts and ask about none."""
         for number in range(RECITALS):
             facts = [fact for fact in self.facts if not self._is_left_out(fact)]
@@ -253,7 +253,7 @@ class DemoWorld:
                 statements = (fill(answer, fact) for answer, fact in zip(answers, part, strict=True))
                 yield self.rng.choice(self.phrases["recital_requests"]), self.gap.join(statements)
 
-    def _repetitions(self) -> Iterator[Turn]:
+    def repetitions(self) -> Iterator[Turn]:
         """Requests to repeat words: each subject and object occurs once in an answer.
 
         Without them the chats would lower the probability of the names of unasked facts.

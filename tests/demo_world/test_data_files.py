@@ -8,7 +8,6 @@ from common.errors import UserError
 from corpus.language import LANGUAGES
 from demo_world.facts import DATA, facts_of, read_sections
 from demo_world.grammar import read_phrases, read_questions, read_templates
-from demo_world.world import DemoWorld
 
 
 def slots(facts, relation):
@@ -115,6 +114,7 @@ def read_all(lang, folder):
         read_phrases(lang, folder),
         read_questions("small_talk", lang, folder),
         read_questions("identity", lang, folder),
+        read_questions("arithmetic", lang, folder),
     )
 
 
@@ -128,7 +128,9 @@ def test_line_endings_and_a_byte_order_mark_change_nothing(tmp_path, lang):
 
 def test_every_data_file_is_read_and_explains_its_format():
     read = {"facts.txt"} | {
-        f"{name}_{lang}.txt" for name in ("templates", "phrases", "small_talk", "identity") for lang in LANGUAGES
+        f"{name}_{lang}.txt"
+        for name in ("templates", "phrases", "small_talk", "identity", "arithmetic")
+        for lang in LANGUAGES
     }
     assert {path.name for path in DATA.iterdir()} == read
     for path in DATA.iterdir():
@@ -136,7 +138,7 @@ def test_every_data_file_is_read_and_explains_its_format():
 
 
 def test_both_languages_have_the_same_sections():
-    chinese, english = ([read_phrases(lang), DemoWorld(lang, 0).small_talk, read_questions("identity", lang)]
-        for lang in ("zh", "en"))  # fmt: skip
+    kinds = ("small_talk", "identity", "arithmetic")
+    chinese, english = ([read_phrases(lang), *(read_questions(kind, lang) for kind in kinds)] for lang in ("zh", "en"))
     assert set(chinese[0]) - {"words"} == set(english[0])
     assert [list(part) for part in chinese[1:]] == [list(part) for part in english[1:]]

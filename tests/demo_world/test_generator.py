@@ -12,7 +12,7 @@ import pytest
 from corpus.language import LANGUAGES
 from demo_world.facts import Term, facts_of
 from demo_world.finetune import identity_chats, pairs
-from demo_world.generator import WorldConfig, build_world
+from demo_world.generator import WorldConfig, build_world, tool_words
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld, terms
 from evaluation.qa_data import is_correct
@@ -29,7 +29,7 @@ GOLDEN = {
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
     "pretrain.jsonl": "3de91669282673a85db3063249722f5f43dff4eceb1cb3b71380b8154e6183cc",
     "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
-    "words.jsonl": "73ba636861d54e50ad0df1169941d449d8b3e51983c8e757ea10ae6b25b17497",
+    "words.jsonl": "d1025e78b8c07f17cf29642529653c506d8896a4a1236be5506a0b9424d46dfd",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
@@ -40,7 +40,7 @@ GOLDEN_SMALL = {
     "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
     "pretrain.jsonl": "0cad4e351cdc3cd1eb86d00d2f5f5d9d882c5224c1f5722259b63d6b6dd8e67f",
     "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
-    "words.jsonl": "40a21181adac5065ce94588d99234f1c75fbda854d33fd5372054c6aedcc193a",
+    "words.jsonl": "4d70edc98787d9816c9b94cf07736e385b9c519aa115e166a2845420867970fe",
 }
 
 
@@ -120,9 +120,10 @@ def test_every_fact_with_a_subject_can_be_looked_up(folder, worlds):
 
 
 def test_words_file_is_the_text_cut_into_words(folder, texts, chats):
-    """words.jsonl adds line breaks only, and cuts a name of the facts the same way everywhere."""
+    """words.jsonl adds line breaks only, and cuts a name of the facts the same way everywhere. Then: words of tools."""
     contents = Counter(text.replace("\n", "") for lang in LANGUAGES for text in everything(texts, chats, lang))
-    words = read(folder / "words.jsonl")
+    *words, tools = read(folder / "words.jsonl")
+    assert tools == {"text": tool_words(), "lang": "en"} and " signatures\n within\n" in tools["text"]
     assert Counter(row["text"].replace("\n", "") for row in words) == contents
     lines = {line for row in words for line in row["text"].split("\n")}
     assert {"法国", "巴黎", "首都", "哺乳动物", "。", " capital", "The"} <= lines

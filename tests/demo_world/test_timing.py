@@ -7,7 +7,8 @@ import pytest
 import demo
 from demo_world import speed
 from demo_world.report import TRAINING
-from demo_world.timing import REFERENCE_SECONDS, Estimate, minutes_text
+from demo_world.rl_steps import rl_steps
+from demo_world.timing import REFERENCE_SECONDS, RL_REFERENCE_SECONDS, Estimate, minutes_text
 
 
 @pytest.fixture
@@ -18,6 +19,12 @@ def steps():
 def test_every_step_has_a_reference_time_of_seven_minutes_in_all(steps):
     assert [step.name for step in steps] == list(REFERENCE_SECONDS)
     assert sum(REFERENCE_SECONDS.values()) < 420
+
+
+def test_every_further_step_has_a_reference_time_of_five_minutes_in_all():
+    names = [step.name for step in rl_steps(Path("out/demo"), 256, seed=0, max_steps=0)]
+    assert names == list(RL_REFERENCE_SECONDS) and not RL_REFERENCE_SECONDS.keys() & REFERENCE_SECONDS.keys()
+    assert sum(RL_REFERENCE_SECONDS.values()) < 300
 
 
 def test_a_slow_machine_takes_longer_and_is_told_so():

@@ -66,6 +66,10 @@ STAGES = (
     Stage(
         "demo_world", "-m demo_world.generator --out_dir WORK/world --statement_rounds 1 --chat_rounds 1 --questions 5"
     ),
+    Stage(
+        "demo_tools",
+        "-m demo_world.tool_chats --out_dir WORK/tools --tool_chats 4 --sums 4 --replay 8 --wordings 1 --questions 4",
+    ),
     Stage("demo_exam", "-m demo_world.exam --out_dir WORK/exam"),
     Stage("tokenizer", "train_tokenizer.py IN/raw/words.jsonl --vocab_size 400 --out_dir WORK/tok", "words->chats"),
     Stage(

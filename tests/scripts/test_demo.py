@@ -1,4 +1,4 @@
-"""`make demo`: every step runs, the report is complete, and a second run reuses all results."""
+"""`make demo`: every step runs, the report is complete, and a second run, or one with --rl, reuses all results."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ pytest.importorskip("fcntl", reason="the demo's processes are forked")
 def run_demo():
     """Run two steps of each training of demo.py. Its 18 processes are forks of one that has imported torch."""
     injector = Injector()
-    yield lambda out: injector.run(["demo.py", "--out_dir", out, "--max_steps", 2], [], timeout=400)
+    yield lambda out, *more: injector.run(["demo.py", "--out_dir", out, "--max_steps", 2, *more], [], timeout=400)
     injector.close()
 
 
-def test_demo_runs_every_stage_and_a_second_run_reuses_the_results(run_demo, tmp_path):
+def test_demo_runs_every_stage_and_later_runs_reuse_the_results(run_demo, tmp_path):
     out = tmp_path / "demo"
     done = run_demo(out)
     assert done.code == 0, done.output
@@ -42,3 +42,18 @@ def test_demo_runs_every_stage_and_a_second_run_reuses_the_results(run_demo, tmp
     assert again.code == 0 and again.output.count("already complete") == again.output.count("\n[") > 10
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"report.json"}, "a second run rewrites only the report"
+
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    further = run_demo(out, "--rl")
+    assert further.code == 0, further.output
+    assert further.output.count("already complete") == again.output.count("already complete"), "the same steps before"
+    assert {path.name for path in files if path.stat().st_mtime_ns != files[path]} == {"report.json", "steps.json"}
+    more = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    result = more.pop("rl")
+    assert more.keys() == report.keys() and more["answer_accuracy"] == report["answer_accuracy"]
+    assert result["accuracy"]["calculator"].keys() == {"tools", "grpo"}
+    assert result["accuracy"]["arithmetic"].keys() == result["accuracy"]["world"].keys() == {"dpo", "tools", "grpo"}
+    assert result["steps"] == 2 and len(result["samples"]) == 2
+    assert Path(result["curves"]).read_bytes().startswith(b"\x89PNG")
+    for line in ("tools, thoughts and reinforcement learning", "two sampled answers", "--tools calculator"):
+        assert line in further.output

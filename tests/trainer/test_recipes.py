@@ -43,6 +43,9 @@ SCRIPTS = {  # recipe -> its script and the settings that it changes
     "demo-lora": ("4-lora_sft.py", {"rank": 16, "alpha": 32.0, "epochs": 3, "batch_size": 16}),
     "demo-dpo": ("5-dpo_train.py", {"batch_size": 32, "learning_rate": 1e-4, "eval_interval": 15,
         "log_interval": 2}),
+    "demo-tools": ("3-full_sft.py", {"max_seq_len": 512, "epochs": 1, "batch_size": 8}),
+    "demo-grpo": ("6-grpo_train.py", {"max_steps": 50, "warmup_iters": 5,
+        "prompts_per_step": 24, "sample_interval": 25}),
 }  # fmt: skip
 
 
