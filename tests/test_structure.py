@@ -26,13 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SLACK = 0.03  # a limit is at most this fraction above the number that it limits
 FILE_LINES = 320
 FUNCTION_LINES = 65
-READING_PATH_LINES = 3438
+READING_PATH_LINES = 3443
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
     "1-pretrain.py": Size(56, 9240, 86),
     "2-eval.py": Size(82, 12794, 105),
-    "3-full_sft.py": Size(57, 9083, 82),
+    "3-full_sft.py": Size(57, 9088, 82),
     "4-lora_sft.py": Size(58, 9231, 82),
     "5-dpo_train.py": Size(66, 10579, 99),
     "6-grpo_train.py": Size(81, 13356, 122),
@@ -45,7 +45,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 20869, "applications": 15678}
+PART_LINES = {"core": 20874, "applications": 16076}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {
