@@ -1,5 +1,5 @@
 # make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
-# make demo-rl further steps: a calculator, thoughts, reinforcement learning; about five minutes more
+# make demo-rl further steps: a calculator, thoughts, reinforcement learning; about four minutes more
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
