@@ -46,12 +46,12 @@ class DecodeBatch:
         self.cache: KVCache | None = None  # grows on demand
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
         self.stop_ids = frozenset(tokenizer.stop_ids)
-        self.banned_mask = torch.zeros(entries, dtype=torch.bool, device=self.device)  # other special and unused tokens
         unused = [
             *range(tokenizer.vocab_size, entries),
             *(tokenizer.chat_marker_ids if tokenizer.has_old_files else ()),
         ]
-        self.banned_mask[[*(tokenizer.special_ids - self.stop_ids), *unused]] = True
+        banned = {*(tokenizer.special_ids - self.stop_ids), *unused}  # other special and unused tokens
+        self.banned_ids = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -64,25 +64,28 @@ class DecodeBatch:
         dynamic = self.model.config.rope_scaling.get("rope_type") == "dynamic"
         if dynamic and len({len(seq.prompt) for seq in seqs}) > 1:  # RoPE depends on the length
             return [piece for seq in seqs for piece in self.prefill([seq])]
-        first, end, width = len(self.rows), len(self.rows) + len(seqs), max(len(seq.prompt) for seq in seqs)
-        other_beams = [(seq, beam) for seq in seqs for beam in range(1, seq.settings.num_beams)]
-        cache = self._ensure_capacity(end + len(other_beams), width)
+        # Equal prompts, as those of a group of rollouts, are computed once; the other rows and beams get a copy.
+        prompts = list(dict.fromkeys(tuple(seq.prompt) for seq in seqs))
+        row_of = {seq: prompts.index(tuple(seq.prompt)) for seq in seqs}
+        first, width = len(self.rows), max(map(len, prompts))
+        rows = [(seq, beam) for seq in seqs for beam in range(seq.settings.num_beams)]
+        cache = self._ensure_capacity(first + len(rows), width)
         # Right padding needs no mask: causal attention ignores it, and the next tokens overwrite it.
-        ids = [seq.prompt + [self.tokenizer.pad_id] * (width - len(seq.prompt)) for seq in seqs]
-        hidden, _ = self.model(torch.tensor(ids, device=self.device), cache.view(first, end))
-        self.rows += [(seq, 0) for seq in seqs] + other_beams
-        if other_beams:  # they begin with a copy of the first beam's prompt
-            prompts = [first + seqs.index(seq) for seq, _ in other_beams]
-            cache.copy_rows(cache, prompts, slice(end, end + len(other_beams)), width)
-        for seq, states in zip(seqs, hidden, strict=True):
+        ids = [[*prompt, *[self.tokenizer.pad_id] * (width - len(prompt))] for prompt in prompts]
+        hidden, _ = self.model(torch.tensor(ids, device=self.device), cache.view(first, first + len(prompts)))
+        self.rows += rows
+        if len(rows) > len(prompts):
+            sources = [first + row_of[seq] for seq, _ in rows]
+            cache.copy_rows(cache, sources, slice(first, first + len(rows)), width)
+        for seq, row in row_of.items():
             seq.num_cached, count = len(seq.prompt), seq.settings.prompt_logprobs
             if count is not None:
-                seq.completion.prompt_logprobs = prompt_logprobs(self.model.lm_head, states, seq.prompt, count)
+                seq.completion.prompt_logprobs = prompt_logprobs(self.model.lm_head, hidden[row], seq.prompt, count)
         finished = [seq for seq in seqs if not seq.tokens_left]  # prompt logprobs only
         for seq in finished:
             self.remove(seq)
-        active = [(seq, beam) for seq in seqs if seq.tokens_left for beam in range(seq.settings.num_beams)]
-        last = hidden[[seqs.index(seq) for seq, _ in active], [len(seq.prompt) - 1 for seq, _ in active]]
+        active = [(seq, beam) for seq, beam in rows if seq.tokens_left]
+        last = hidden[[row_of[seq] for seq, _ in active], [len(seq.prompt) - 1 for seq, _ in active]]
         return [(seq, "") for seq in finished] + (
             self._next_text(active, self.model.lm_head(last).float()) if active else []
         )
@@ -142,7 +145,7 @@ class DecodeBatch:
 
     def _sample(self, seqs: list[Sequence], logits: Tensor) -> list[tuple[Sequence, str]]:
         """Sample from logits (seqs, vocab); returns the new text of each sequence."""
-        raw_logits = logits = logits.masked_fill(self.banned_mask, -math.inf)
+        raw_logits = logits = logits.index_fill(1, self.banned_ids, -math.inf)
         if any(seq.penalties for seq in seqs):
             rows = [(seq.penalties, logits[i : i + 1]) for i, seq in enumerate(seqs)]
             logits = torch.cat([penalties.apply(row) if penalties else row for penalties, row in rows])
@@ -163,7 +166,7 @@ class DecodeBatch:
     def _advance_beams(self, seq: Sequence, search: BeamSearch, logits: Tensor) -> str:
         """Advance a beam search by one token, logits (beams, vocab); returns the whole text at its end, else ""."""
         # log_softmax over all tokens, before bans and penalties, as in transformers
-        scores = logits.log_softmax(-1).masked_fill(self.banned_mask, -math.inf)
+        scores = logits.log_softmax(-1).index_fill(1, self.banned_ids, -math.inf)
         parents, tokens = search.advance(seq.penalties.apply(scores) if seq.penalties else scores)
         if search.done:
             self.remove(seq)

@@ -6,6 +6,7 @@ markers are never sampled; stop strings are cut; streamed pieces concatenate to 
 characters.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -114,6 +115,32 @@ def test_each_sampled_sequence_has_its_own_seed(tokenizer):
         assert mixed[i] == alone[0]
     unseeded = SamplingParams(temperature=1.0, max_new_tokens=20)
     assert generate(model, PROMPTS, unseeded, tokenizer) != generate(model, PROMPTS, unseeded, tokenizer)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_equal_prompts_are_computed_once_and_generated_as_if_alone(beams, tokenizer):
+    """`forward` of the prompts has as many rows as there are different prompts."""
+    model, widths = tiny_model(max_seq_len=64), []
+    settings = dataclasses.replace(GREEDY, num_beams=beams)
+    alone = [generate(model, [prompt], settings, tokenizer)[0].ids for prompt in PROMPTS]
+    order = [0, 1, 0, 2, 1, 0, 3]
+    hook = model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    together = generate(model, [PROMPTS[i] for i in order], settings, tokenizer)
+    hook.remove()
+    assert widths[0] == (4, 9) and [done.ids for done in together] == [alone[i] for i in order]
+
+
+def test_answers_to_equal_prompts_have_their_own_seeds_and_logprobs(tokenizer):
+    model = tiny_model(max_seq_len=64)
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=3, logprobs=0, prompt_logprobs=0)
+    together = generate(model, [PROMPTS[1]] * 4, params, tokenizer)
+    assert len({tuple(done.ids) for done in together}) > 1
+    for i, done in enumerate(together):
+        (alone,) = generate(model, [PROMPTS[1]], dataclasses.replace(params, seed=3 + i), tokenizer)
+        assert done.ids == alone.ids
+        for name in ("logprobs", "prompt_logprobs"):
+            ours, theirs = ([entry.logprob for entry in getattr(c, name)] for c in (done, alone))
+            assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_generate_keeps_the_global_random_state(tokenizer):
