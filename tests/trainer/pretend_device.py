@@ -36,13 +36,14 @@ from trainer.config import TrainConfig
 from trainer.datasets import Batch
 from trainer.distributed import DistContext
 from trainer.engine import DDPEngine
+from trainer.grpo_config import GRPOConfig
 from trainer.loop import train_step
 from trainer.stage import Stage
 
 SHAPE = (4, 64)  # of a batch
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, "vocab_size": 640}
 STAGES = {"pretrain": "1-pretrain.py", "moe": "1-pretrain.py", "sft": "3-full_sft.py", "lora": "4-lora_sft.py",
-          "dpo": "5-dpo_train.py"}  # fmt: skip
+          "dpo": "5-dpo_train.py", "grpo": "6-grpo_train.py"}  # fmt: skip
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 10, "min_p": 0.01, "seed": 0},
@@ -136,6 +137,9 @@ def make_batch(loss_unit: str) -> Batch:
     batch |= {"token_mask": torch.ones(SHAPE, dtype=torch.bool), "row_ids": torch.zeros(SHAPE[0], dtype=torch.long)}
     if loss_unit == "pair":
         batch["reference"] = torch.zeros(SHAPE)
+    if loss_unit == "answer":
+        batch |= {name: torch.zeros(SHAPE) for name in ("reference", "old", "weights")}
+        batch |= {"advantages": torch.zeros(SHAPE[0], 1), "mean_length": torch.tensor(2.0)}
     return batch | {"num_targets": SHAPE[0] * SHAPE[1], "num_tokens": SHAPE[0] * SHAPE[1]}
 
 
@@ -151,6 +155,9 @@ def make_engine(device: torch.device, name: str, optimizer: str) -> DDPEngine:
     if name == "dpo":
         compute_loss = functools.partial(compute_loss, config=script.DPOConfig())
         loss_unit = "pair"
+    if name == "grpo":
+        compute_loss = functools.partial(compute_loss, config=GRPOConfig())
+        loss_unit = "answer"
     stage = Stage(name, model, None, compute_loss, None, loss_unit=loss_unit)  # type: ignore[arg-type]
     return DDPEngine(config, stage, DistContext(device, torch.float32))
 

@@ -11,7 +11,9 @@ from tests.trainer.pretend_device import SAMPLING, STAGES
 # Kernels of a step of two micro-batches through one layer: at most.
 LAUNCHES = {
     "pretrain muon": 640, "moe muon": 1075, "sft muon": 640, "lora muon": 855, "dpo muon": 830,
+    "grpo muon": 730,
     "pretrain adamw": 475, "moe adamw": 890, "sft adamw": 475, "lora adamw": 535, "dpo adamw": 670,
+    "grpo adamw": 575,
 }  # fmt: skip
 
 
