@@ -10,11 +10,14 @@ The text files in data/ come in one set per language (XX is en or zh). They cont
     arithmetic_XX.txt    [relation]            label: template | template     the same; {a} {b} {c}: terms, {o}: result
     phrases_XX.txt       [name]                sentence | sentence            sections and their slots: PHRASES
 
-A label may have several lines. A malformed line raises a UserError that names file and line.
+A label may have several lines. `(I/You) have {a}` stands for both texts, `I have {a}` and `You have {a}`; several
+parentheses stand for all combinations. A malformed line raises a UserError that names file and line.
 
 Read next: generator.py (composes the texts).
 """
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -147,7 +150,9 @@ def _labelled(
 
 def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
     """Yields the texts of a line, separated by |. Raises UserError for a text with an unknown slot."""
-    for item in map(str.strip, text.split("|")):
+    for item in (choice.strip() for item in text.split("|") for choice in alternatives(item)):
+        if "(" in item or ")" in item:
+            raise section.error(number, f"a parenthesis without its other half in {item!r}")
         if not item:
             raise section.error(number, "an empty text: write something on both sides of each |")
         try:
@@ -156,6 +161,12 @@ def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> 
             names = " ".join(f"{{{slot}}}" for slot in slots) or "none"
             raise section.error(number, f"wrong slot or brace in {item!r}; slots here: {names}") from None
         yield item
+
+
+def alternatives(text: str) -> list[str]:
+    """Returns all texts that `(x/y)` in a text stands for: "(a/b)c(d/e)" -> acd, ace, bcd, bce."""
+    parts = [part.split("/") if i % 2 else [part] for i, part in enumerate(re.split(r"\(([^()]*)\)", text))]
+    return ["".join(choice) for choice in itertools.product(*parts)]
 
 
 def _require(path: Path, needed: Iterable[str], found: Iterable[str]) -> None:

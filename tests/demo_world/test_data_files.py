@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from corpus.language import LANGUAGES
 from demo_world.facts import DATA, facts_of, read_sections
-from demo_world.grammar import read_phrases, read_questions, read_templates
+from demo_world.grammar import alternatives, read_phrases, read_questions, read_templates
 
 
 def slots(facts, relation):
@@ -76,6 +76,8 @@ def test_a_byte_that_is_not_utf8_is_named(tmp_path):
         ("templates", "cue: the capital of {s}", "cue: the capital of {s:Q}", "wrong slot or brace"),
         ("templates", "cue: the capital of {s}", "cue: the capital of {s", "wrong slot or brace"),
         ("templates", "cue: the capital of {s}", "cue: the capital of {s} |", "an empty text"),
+        ("templates", "cue: the capital of {s}", "cue: the (capital/ of {s}", "a parenthesis without its other half"),
+        ("templates", "cue: the capital of {s}", "cue: (the/a/) | ()", "an empty text"),
         ("phrases", "[names]", "[nmaes]", "unknown section [nmaes]"),
         ("phrases", "One more thing: {t}", "One more thing: {q}", "wrong slot or brace"),
         ("small_talk", "answer: Goodbye!", "answers: Goodbye!", "'answers' is not a label"),
@@ -116,6 +118,13 @@ def read_all(lang, folder):
         read_questions("identity", lang, folder),
         read_questions("arithmetic", lang, folder),
     )
+
+
+def test_parentheses_stand_for_all_combinations():
+    assert alternatives("(I/You) have {a}(/ and {b}).") == [
+        "I have {a}.", "I have {a} and {b}.", "You have {a}.", "You have {a} and {b}.",
+    ]  # fmt: skip
+    assert alternatives("(a)b") == ["ab"] and alternatives("plain/text") == ["plain/text"]
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
