@@ -64,7 +64,7 @@ class ToolChatsConfig(Config):
     seed: int = flag(0, "random seed of every choice", type=seed)
     tool_chats: int = flag(900, "chats in which a calculator is offered", type=positive_int)
     sums: int = flag(150, "sums of three terms in the chats", type=int_between(1, 400))
-    replay: int = flag(1000, "chats of the earlier stages", type=positive_int)
+    replay: int = flag(1300, "chats of the earlier stages", type=positive_int)
     wordings: int = flag(2, "chats, or prompts of reinforcement learning, for each sum", type=positive_int)
     questions: int = flag(150, "held-out questions of each kind", type=int_between(1, 300))
 
