@@ -23,7 +23,7 @@ from trainer.datasets import Batch, PackedDataset
 from trainer.loss import cross_entropy_sum
 
 ROWS, SEQ_LEN = 8, 128
-STEP_SIZES = (0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+STEP_SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 4.0)
 
 
 def mean_loss(model: Transformer, batch: Batch) -> torch.Tensor:
@@ -50,13 +50,10 @@ def main() -> None:
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["demo"]))
     data = PackedDataset(str(config.file("pretrain")), "train", SEQ_LEN)
     batch = data.batch(np.arange(ROWS))
-    print(
-        f"input_ids {tuple(batch['input_ids'].shape)}, starting with {tokenizer.decode(batch['input_ids'][0, :8].tolist())!r}"
-    )
-    print(
-        f"labels    {tuple(batch['labels'].shape)}, starting with {tokenizer.decode(batch['labels'][0, :8].tolist())!r}"
-    )
-    print(f"hidden    {tuple(model(batch['input_ids'])[0].shape)}")
+    for name in ("input_ids", "labels"):
+        beginning = tokenizer.decode(batch[name][0, :8].tolist())
+        print(f"{name} {tuple(batch[name].shape)}, starting with {beginning!r}")
+    print(f"hidden {tuple(model(batch['input_ids'])[0].shape)}")
     loss = mean_loss(model, batch)
     loss.backward()
     start = float(loss.detach())
@@ -66,10 +63,10 @@ def main() -> None:
     compare_gradient(model, batch)
     losses = [loss_after(model, batch, size) for size in STEP_SIZES]
     for size, after in zip(STEP_SIZES, losses, strict=True):
-        print(f"step size {size:4}: loss {after:.3f}")
+        print(f"step size {size:5}: loss {after:.3f}, promised {start - size * norm**2:.3f}")
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    axes.plot(STEP_SIZES, losses, marker=".", label="loss after the step")
+    axes.semilogx(STEP_SIZES, losses, marker=".", label="loss after the step")
     slope = [start - size * norm**2 for size in STEP_SIZES]
     axes.plot(STEP_SIZES, slope, linestyle="--", label="what the gradient promises")
     axes.axhline(start, color="C7", linewidth=0.8, label="loss before")
