@@ -71,7 +71,7 @@ def main() -> None:
             print(f"layer {number}, head {head}: the last token reads {pieces[best]!r} most, {row[best]:.0%}")
     figure = Figure(figsize=(11, 3.4))
     for head, axes in enumerate(figure.subplots(1, len(weights[config.layer]), sharey=True)):
-        axes.imshow(weights[config.layer][head], vmin=0, vmax=1, cmap="Blues")
+        axes.imshow(weights[config.layer][head].numpy(), vmin=0, vmax=1, cmap="Blues")
         axes.set_title(f"layer {config.layer}, head {head}", fontsize=9)
         axes.set_xticks(range(len(pieces)), pieces, rotation=90, fontsize=8)
         axes.set_yticks(range(len(pieces)), pieces, fontsize=8)

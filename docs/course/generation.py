@@ -9,6 +9,7 @@ Read next: ../../model/sampling.py, ../../model/generate.py.
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -72,8 +73,8 @@ def main() -> None:
         kept = filter_logits(logits[None] / temperature, SamplingParams(top_p=0.9))[0].isfinite().sum()
         shown = ", ".join(f"{piece!r} {probabilities[i]:.1%}" for piece, i in zip(pieces[:4], best, strict=False))
         print(f"temperature {temperature}: {shown}; top-p 0.9 keeps {kept} of {len(logits)} tokens")
-        places = torch.arange(SHOWN) + 0.27 * (shift - 1)
-        left.bar(places, probabilities[best], 0.27, label=f"temperature {temperature:g}")
+        places = np.arange(SHOWN) + 0.27 * (shift - 1)
+        left.bar(places, probabilities[best].numpy(), 0.27, label=f"temperature {temperature:g}")
     left.set_xticks(range(SHOWN), pieces, rotation=45)
     left.set_ylabel("probability of the next token")
     print_continuations(model, tokenizer, config)

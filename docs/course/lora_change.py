@@ -45,7 +45,7 @@ def main() -> None:
         print(f"{kind:>20}: " + "  ".join(f"{value:.1%}" for value in ratios[:, column].tolist()))
     figure = Figure(figsize=(8, 3))
     axes = figure.subplots()
-    image = axes.imshow(100 * ratios, cmap="Blues", vmin=0, aspect="auto")
+    image = axes.imshow((100 * ratios).numpy(), cmap="Blues", vmin=0, aspect="auto")
     axes.set_xticks(range(len(kinds)), [kind.split(".")[-1] for kind in kinds])
     axes.set_yticks(range(layers), [f"layer {number}" for number in range(layers)])
     figure.colorbar(image, label="change, % of W")

@@ -9,6 +9,7 @@ Read next: ../../model/tokenizer.py (render), ../../trainer/loss.py.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def main() -> None:
         print(f"{STAGES[stage]}: {trained:.2f} nats per trained token, {sum(values) / len(values):.2f} over all tokens")
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
-    places = torch.arange(len(pieces) - 1)
+    places = np.arange(len(pieces) - 1)
     for shift, (stage, values) in zip((-0.2, 0.2), losses.items(), strict=True):
         axes.bar(places + shift, values, 0.4, label=STAGES[stage])
     for place, trained in enumerate(mask[1:]):

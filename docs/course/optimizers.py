@@ -50,7 +50,7 @@ def train_briefly(config: OptimizerConfig, kind: str, data: PackedDataset, model
                 group["lr"] = peak * multiplier
                 if "weight_decay" in group and kind == "muon" and "betas" not in group:
                     group["momentum"] = muon_momentum(step)
-        loss = mean_loss(model, data.batch(np.arange(step * ROWS, (step + 1) * ROWS)))
+        loss = mean_loss(model, data.batch(np.arange(step * ROWS, (step + 1) * ROWS) % len(data)))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -87,7 +87,7 @@ def main() -> None:
     for name, matrix in (("gradient", gradient), ("Muon's update", orthogonalize(gradient[None])[0])):
         values = torch.linalg.svdvals(matrix)
         print(f"{name}: singular values {values[0] / values[0]:.2f} to {values[-1] / values[0]:.4f} of the largest")
-        right.semilogy(values / values[0], label=name)
+        right.semilogy((values / values[0]).numpy(), label=name)
     right.set_xlabel("number of the singular value")
     right.set_ylabel("fraction of the largest")
     for axes in (left, right):

@@ -62,7 +62,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def references(text: str) -> list[tuple[str, str]]:
-    """Return (file, function or Class.method) of every `file.py:name`, without repetition, sorted."""
+    """Return (file, function or Class.method) of every name after a file and a colon, without repetition, sorted."""
     return sorted(set(_REFERENCE.findall(text)))
 
 
