@@ -56,8 +56,14 @@ def test_both_languages_show_the_same_commands_and_outputs(name):
     assert commands(english) == commands(chinese) != []
     pictures = [link for link in links(english) if link.endswith(".png")]
     assert pictures == [link for link in links(chinese) if link.endswith(".png")] and len(pictures) == 1
-    output = [block for block in blocks(english)[1:] if not block.startswith("python ")]
-    assert output == [block for block in blocks(chinese)[1:] if not block.startswith("python ")] != []
+    assert outputs(english) == outputs(chinese) != []
+
+
+def outputs(text):
+    """The code blocks after the first command that are not commands."""
+    shown = blocks(text)
+    first = next(i for i, block in enumerate(shown) if block.startswith("python "))
+    return [block for block in shown[first:] if not block.startswith("python ")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +106,8 @@ def test_every_command_is_accepted_by_the_parser_of_its_script(language):
 def test_every_flag_in_the_prose_belongs_to_a_script_of_its_chapter(language):
     for path in chapters(language):
         text = path.read_text(encoding="utf-8")
-        scripts = {script_and_arguments(command)[0] for command in commands(text)}
+        every = [*commands(text), *inline_commands(text)]
+        scripts = {script_and_arguments(command)[0] for command in every}
         known = {flag for script in scripts for flag in all_flags(parser_of(script))}
         named = {flag for code in re.findall("`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z_0-9]+", code)}
         assert named <= known, path.name
