@@ -3,7 +3,7 @@
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
-# make docs-check  every command of docs/course on the results of make demo, with its seconds; about twelve minutes
+# make docs-check  every command of docs/course on the results of make demo, with its seconds; about five minutes
 # Windows has no make: README.md lists the plain commands.
 
 PYTHON ?= python3

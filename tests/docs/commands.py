@@ -1,6 +1,6 @@
 """Runs the commands of docs/course in reading order and prints each with its seconds: `make docs-check`.
 
-    python -m tests.docs.commands                       all chapters; about twelve minutes on two quiet cores
+    python -m tests.docs.commands                       all chapters; about five minutes on two quiet cores
     python -m tests.docs.commands 01-tokens 06-sft      these chapters
 
 Needs out/demo (`make demo`); deletes out/course first if all chapters run. Exits with 1 if a command fails or takes
