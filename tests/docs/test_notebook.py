@@ -44,6 +44,7 @@ def test_a_chapter_is_split_at_its_commands_and_pictures():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not (ROOT / "out/demo/dpo_256.pth").exists(), reason="needs the results of make demo")
 def test_the_notebook_runs():
     """Executes every cell but the setup, in the checkout, as Jupyter does; the steps of the trainings are few."""
@@ -53,7 +54,7 @@ def test_the_notebook_runs():
     for cell in notebook["cells"]:
         if "REPOSITORY" in "".join(cell["source"]):
             cell["source"] = setup
-    ready = nbformat.from_dict(notebook)
+    ready = nbformat.reads(json.dumps(notebook), as_version=4)
     nbformat.validate(ready)
     nbclient.NotebookClient(ready, timeout=1800, resources={"metadata": {"path": str(ROOT)}}).execute()
     failed = [
