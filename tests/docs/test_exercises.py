@@ -63,35 +63,35 @@ def exercise(demo, tmp_path, monkeypatch, capsys):
     return run
 
 
+def has_picture(folder, name):
+    return (folder / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "picture"),
     [
         ("attention", ("--text", "A dog is a mammal."), "02-embedding-and-attention"),
-        ("training_step", (), "03-training-step"),
-        ("loss_mask", (), "04-loss-and-mask"),
         ("optimizers", ("--steps", "3", "--width", "32"), "05-optimizer"),
-        ("lora_change", (), "07-lora"),
         ("generation", (), "10-generation"),
         ("measuring", (), "11-measuring"),
     ],
 )
 def test_an_exercise_writes_its_picture(exercise, tmp_path, name, flags, picture):
     output = exercise(name, *flags)
-    path = tmp_path / "out" / f"{picture}.png"
-    assert f"picture: {path}" in output and len(output.splitlines()) >= 3
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(output.splitlines()) >= 3 and has_picture(tmp_path, picture)
 
 
-def test_a_larger_vocabulary_makes_fewer_tokens(exercise, monkeypatch):
+def test_a_larger_vocabulary_makes_fewer_tokens(exercise, tmp_path, monkeypatch):
     monkeypatch.setattr("docs.course.tokens.SIZES", (300, 400))
     counts = [int(line.split()[2]) for line in exercise("tokens").splitlines() if " entries, " in line]
-    assert len(counts) == 2 and counts[1] < counts[0]
+    assert len(counts) == 2 and counts[1] < counts[0] and has_picture(tmp_path, "01-tokens")
 
 
-def test_the_gradient_equals_the_difference_quotient(exercise):
+def test_the_gradient_equals_the_difference_quotient(exercise, tmp_path):
     line = next(line for line in exercise("training_step").splitlines() if line.startswith("gradient of one weight"))
     gradient, quotient = (float(part.split()[-1]) for part in line.split(","))
     assert gradient == pytest.approx(quotient, rel=0.02) and gradient
+    assert has_picture(tmp_path, "03-training-step")
 
 
 def test_attention_weights_are_those_of_the_model(demo):
@@ -111,13 +111,15 @@ def test_attention_weights_are_those_of_the_model(demo):
     assert not weights.triu(1).any()
 
 
-def test_the_mask_of_the_exercise_covers_the_answer_only(exercise):
+def test_the_mask_of_the_exercise_covers_the_answer_only(exercise, tmp_path):
     rows = [line.split()[0] for line in exercise("loss_mask").splitlines() if line.split()[0] in ("yes", "no")]
     assert rows.count("yes") == len(b"The capital of Japan is Tokyo.") + 1  # and <|im_end|>
+    assert has_picture(tmp_path, "04-loss-and-mask")
 
 
-def test_the_rank_of_the_change_is_that_of_the_adapter(exercise):
+def test_the_rank_of_the_change_is_that_of_the_adapter(exercise, tmp_path):
     assert "the rank of its change is 2" in exercise("lora_change")
+    assert has_picture(tmp_path, "07-lora")
 
 
 def test_the_prompts_of_the_rl_exercise_are_sums(exercise, tmp_path):
