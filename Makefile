@@ -3,6 +3,7 @@
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
+# make docs-check  every command of docs/course on the results of make demo, with its seconds; about five minutes
 # Windows has no make: README.md lists the plain commands.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN = $(VENV)/bin/python
 # One worker per core, at most 8: each needs about 1.5 GB. An idle worker takes tests from another one.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-rl demo-clean test faults check audit format clean
+.PHONY: demo demo-rl demo-clean docs-check test faults check audit format clean
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -27,6 +28,9 @@ test: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	FAULTS=full $(RUN) -m pytest $(PARALLEL) tests/faults
+
+docs-check: $(VENV)/.dev
+	$(RUN) -m tests.docs.commands
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff format --check .

@@ -48,8 +48,9 @@ def settings_files(root: Path) -> list[Path]:
 
 
 def python_files(root: Path) -> list[Path]:
-    """Scripts, packages, benchmarks and tests."""
-    return [*(root / path for path in sources(root)), *sorted(root.glob("benchmarks/**/*.py")), *files_of_tests(root)]
+    """Scripts, packages, benchmarks, exercises of the course and tests."""
+    beside = [*sorted(root.glob("benchmarks/**/*.py")), *sorted(root.glob("docs/**/*.py"))]
+    return [*(root / path for path in sources(root)), *beside, *files_of_tests(root)]
 
 
 @cache

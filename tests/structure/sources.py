@@ -21,7 +21,7 @@ SIDEWAYS = {
 LESSONS = ("1-pretrain.py", "2-eval.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py", "6-grpo_train.py")
 CORE_SCRIPTS = ("train_tokenizer.py", "data_process.py", *LESSONS)
 SCRIPTS = "scripts"  # name of the layer that holds the files at the root
-OUTSIDE = ("tests", "benchmarks")  # folders with Python files outside all layers
+OUTSIDE = ("tests", "benchmarks", "docs")  # folders with Python files outside all layers
 
 
 @dataclass(frozen=True)
