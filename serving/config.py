@@ -182,16 +182,16 @@ class PageConfig(RopeFlags, InferenceFlags, Config):
     def history_folder(self) -> Path | None:
         """--history_dir, else mengya/chats in the folder where this system keeps a user's data.
 
-        None: nothing is saved, by the user's choice, because other machines may open the page, or without a home folder.
+        None saves nothing: the user's choice, or other machines may open the page, or there is no home folder.
         """
         if self.history_dir:
             return Path(self.history_dir) if self.history_dir != "none" else None
         if not is_this_machine(self.host):
             return None
         variable, folder = _USER_DATA.get(sys.platform, ("XDG_DATA_HOME", ".local/share"))
-        named = os.environ.get(variable, "")
+        named = Path(os.environ.get(variable, ""))
         try:
-            root = Path(named) if os.path.isabs(named) else Path.home() / folder
+            root = named if named.is_absolute() else Path.home() / folder
         except RuntimeError:  # a user without an entry in the user database
             return None
         return root / "mengya" / "chats"

@@ -95,7 +95,9 @@ class Conversation:
     def __init__(self) -> None:
         self.turns: list[ChatTurn] = []
         self.saved_id = ""
-        self.saved_version: tuple[int, int] | None = None  # of the file that this conversation was read from or written to
+        self.saved_version: tuple[int, int] | None = (
+            None  # of the file that this conversation was read from or written to
+        )
         # After a browser reconnects, two threads may draw the page for a moment.
         self._lock = threading.RLock()
 

@@ -181,7 +181,9 @@ def _read_reply(content: Any) -> ChatReply:
             raise ValueError("a part of a reply is not [kind, text]")
     messages = _field(content, "messages", list)
     messages = parse_messages(messages, RowNotes()) if messages else []
-    if not all(message["role"] in ("assistant", "tool") and isinstance(message["content"], str) for message in messages):
+    if not all(
+        message["role"] in ("assistant", "tool") and isinstance(message["content"], str) for message in messages
+    ):
         raise ValueError("a message of a reply is neither an answer nor a result")
     reply = ChatReply(**values, parts=[ReplyPart(*part) for part in parts])
     if not reply.stop_reason:  # the server was stopped while it streamed
