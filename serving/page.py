@@ -279,16 +279,24 @@ class ChatPage:
             label = self.strings["all_turns"].format(n=first)
             st.button(label, key="all_turns_button", on_click=self.state.__setitem__, args=("all_turns", True))
         placeholders: list[tuple[Any, Any]] = []
-        for number in range(first, len(turns)):
-            if self.state.get("editing") and number == len(turns) - 1:
-                painter.draw_edit_form(turns[number].question, self.end_editing)
-            else:
-                painter.draw_question(number, turns[number])
-            placeholders = painter.draw_replies(number, turns[number])
+        with st.container():
+            for number in range(first, len(turns)):
+                if self.state.get("editing") and number == len(turns) - 1:
+                    painter.draw_edit_form(turns[number].question, self.end_editing)
+                else:
+                    painter.draw_question(number, turns[number])
+                placeholders = painter.draw_replies(number, turns[number])
+        below = (
+            st.empty()
+        )  # replaced at once, where streamlit would show the buttons of the last run until this one ends
         if self.conversation.streaming:
+            with below.container():
+                self.button("stop", "stop", self.stop, type="primary")
+                if len(turns) == 1:
+                    focus_input()
             self.stream_replies(painter, placeholders)
         elif not self.state.get("editing"):
-            with st.container(horizontal=True, key="last_buttons"):
+            with below.container(horizontal=True):
                 self.button("again", "refresh", self.request_action, "again", type="tertiary")
                 edit = self.state.__setitem__
                 self.button("edit", "edit", edit, "editing", True, key="edit_last", type="tertiary")
@@ -297,9 +305,6 @@ class ChatPage:
 
     def stream_replies(self, painter: TurnPainter, placeholders: list[tuple[Any, Any]]) -> None:
         """Generate and draw the streaming replies of the last turn, then run the page again."""
-        self.button("stop", "stop", self.stop, type="primary")
-        if len(self.conversation.turns) == 1:
-            focus_input()
         last, redrawn_at, saved_at, is_streaming = self.conversation.turns[-1], 0.0, time.monotonic(), True
         device = pick_device(self.config.device)
         try:

@@ -34,10 +34,12 @@ STYLE = """<style>
 .stChatMessage [data-testid=stText] {white-space: pre-wrap; overflow-wrap: anywhere}
 
 /* Stop lies over the input's button; "New conversation" at the top where the sidebar with its button is closed. */
-.st-key-stop {position: fixed; bottom: 2.1rem; z-index: 1000; align-self: flex-end; width: auto !important}
+.st-key-stop {
+  position: fixed; bottom: 2.1rem; z-index: 1000; align-self: flex-end; width: auto !important; margin-right: 0.6rem
+}
 .stApp:has(.st-key-stop) [data-testid=stChatInputSubmitButton] {visibility: hidden}
 .st-key-new_top {display: none}
-.stApp:has(.stSidebar[aria-expanded=false]) .st-key-new_top {
+.stApp:has([data-testid=stExpandSidebarButton]) .st-key-new_top {
   display: block; position: fixed; top: 0.6rem; right: 1rem; z-index: 1000000; width: auto !important
 }
 </style>"""

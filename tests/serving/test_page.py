@@ -105,7 +105,7 @@ def test_every_model_is_shown_with_its_facts(open_page, out):
     assert page.selectbox(key="model").options == ["dpo_64", "full_sft_64", "pretrain_64"]
     shown = caption_text(page)
     for name, does in page_strings.STAGE_LABELS["en"].values():
-        assert (f"**{name}** · {does}" in shown) == (name not in ("LoRA", "transformers folder"))
+        assert (f"**{name}** · {does}" in shown) == (name not in ("LoRA", "GRPO", "transformers folder"))
     assert re.search(r"\d+\.\d k parameters · context of 256 tokens  \ntrained on 1\.5 M tokens", shown)
     find_button(page, "choose pretrain_64").click().run()
     assert page.selectbox(key="model").value == "pretrain_64"
@@ -207,7 +207,7 @@ def listed_key(page, i: int) -> str:
 def test_a_reload_and_a_restart_show_the_conversation_of_the_address(open_page, out, chats):
     page = ask_question(open_page("--out_dir", out), "x")
     (path,) = chats.iterdir()
-    assert page.query_params["chat"] == [path.stem]
+    assert page.query_params["chat"] == path.stem
     again = open_page("--out_dir", out, chat=path.stem)
     assert shown_texts(again) == ["x", "鸟叫!"] and "dpo\\_64 · 3 tokens · " in caption_text(again)
     assert shown_texts(ask_question(again, "y")) == ["x", "鸟叫!", "y", "鸟叫!"] and len(list(chats.iterdir())) == 1
