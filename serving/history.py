@@ -59,13 +59,16 @@ class ChatHistory:
             raise UserError(f"{chat_id[:80]!r} is no saved conversation")
         return self.folder / f"{chat_id}.json"
 
-    def entries(self) -> list[SavedChat]:
-        """The saved conversations, last written first."""
-        found = []
-        for path in self.folder.glob("*.json"):
-            if CHAT_ID.fullmatch(path.stem) and (version := _version(path)):
-                found.append((version, path))
-        return [_read_entry(path, version) for version, path in sorted(found, reverse=True)]
+    def ids(self) -> list[str]:
+        """The ids of the saved conversations, last written first."""
+        paths = [path for path in self.folder.glob("*.json") if CHAT_ID.fullmatch(path.stem)]
+        versions = {path.stem: version for path in paths if (version := _version(path))}
+        return sorted(versions, key=lambda chat_id: (versions[chat_id], chat_id), reverse=True)
+
+    def entries(self, chat_ids: list[str]) -> list[SavedChat]:
+        """The entries of these conversations, without those that were deleted meanwhile."""
+        versions = [(path, _version(path)) for path in map(self.path, chat_ids)]
+        return [_read_entry(path, version) for path, version in versions if version]
 
     def load(self, chat_id: str) -> Conversation:
         """Raises UserError if the file is missing or damaged."""
@@ -108,7 +111,7 @@ class ChatHistory:
         path = self.path(conversation.saved_id)
         with report_write_errors(path):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, "turns": [_turn_fields(turn) for turn in conversation.turns]})
+        write_json(path, {"format": FORMAT, "turns": [_turn_fields(turn) for turn in conversation.turns]}, indent=None)
         conversation.saved_version = _version(path)
 
     def delete(self, chat_ids: list[str]) -> None:

@@ -31,20 +31,20 @@ class HistoryList:
 
     def draw(self, shown_id: str) -> None:
         """`shown_id`: of the conversation on the page; "" for a new one."""
-        strings, chats = self.strings, self.history.entries()
-        if not chats:
+        strings, chat_ids = self.strings, self.history.ids()
+        if not chat_ids:
             return
         folder = code_span(str(self.history.folder.absolute()))
         st.caption(strings["history"], help=strings["history_help"].format(folder=folder))
         with st.container(key="history"):
-            for chat in chats if self.state.get("all_chats") else chats[:MAX_CHATS_LISTED]:
+            for chat in self.history.entries(chat_ids if self.state.get("list_all") else chat_ids[:MAX_CHATS_LISTED]):
                 with st.container(horizontal=True):
                     if not self._draw_confirmation(chat.id, [chat.id]):
                         self._draw_chat(chat, chat.id == shown_id)
-            if len(chats) > MAX_CHATS_LISTED and not self.state.get("all_chats"):
-                self._button("all_chats", self.state.__setitem__, "all_chats", True)
+            if len(chat_ids) > MAX_CHATS_LISTED and not self.state.get("list_all"):
+                self._button("all_chats", self.state.__setitem__, "list_all", True)
             with st.container(horizontal=True):
-                if not self._draw_confirmation(_ALL, [chat.id for chat in chats]):
+                if not self._draw_confirmation(_ALL, chat_ids):
                     self._button("delete_all", self._ask, _ALL)
 
     def _draw_chat(self, chat: SavedChat, is_shown: bool) -> None:

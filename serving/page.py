@@ -36,7 +36,7 @@ python 1-pretrain.py
 python data_process.py sft CHATS…
 python 3-full_sft.py"""
 REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
-SAVE_SECONDS = 2.0  # between two writes of the file of a streaming reply
+SAVE_SECONDS = 2.0  # between two writes of the file of a streaming reply, at least
 MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
 MAX_TURNS_DRAWN = 30  # the last ones; a button draws all
 
@@ -305,7 +305,12 @@ class ChatPage:
 
     def stream_replies(self, painter: TurnPainter, placeholders: list[tuple[Any, Any]]) -> None:
         """Generate and draw the streaming replies of the last turn, then run the page again."""
-        last, redrawn_at, saved_at, is_streaming = self.conversation.turns[-1], 0.0, time.monotonic(), True
+        last, redrawn_at, save_at, is_streaming = (
+            self.conversation.turns[-1],
+            0.0,
+            time.monotonic() + SAVE_SECONDS,
+            True,
+        )
         device = pick_device(self.config.device)
         try:
             with autocast(device, pick_dtype(self.config.dtype, device)):  # around the loop: weights are cast once
@@ -315,9 +320,10 @@ class ChatPage:
                         for (text, footer), reply in zip(placeholders, last.replies, strict=True):
                             painter.draw_reply(text, footer, reply)
                         redrawn_at = time.monotonic()
-                    if time.monotonic() - saved_at > SAVE_SECONDS:
+                    if (started := time.monotonic()) > save_at:
                         self.save()
-                        saved_at = time.monotonic()
+                        seconds = time.monotonic() - started
+                        save_at = started + max(SAVE_SECONDS, 20 * seconds)  # a long conversation is written less often
         finally:  # also when a click, the end of the server or of the connection ends this run
             self.save()
         st.rerun()  # draws the buttons of a finished turn

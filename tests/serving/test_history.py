@@ -91,14 +91,14 @@ def test_a_reply_that_was_streaming_when_the_server_ended_is_a_stopped_one(histo
 
 def test_the_list_has_the_last_written_first_and_ignores_other_files(history, chat_model):
     chats = [ask(Conversation(), chat_model, question) for question in ("  a\n\nb ", "c" * 300)]
-    assert history.entries() == []
+    assert history.ids() == []
     for chat in [*chats, Conversation()]:
         history.save(chat)
     history.save(ask(chats[0], chat_model, "more"))
     for name in ("notes.json", ".20260101-000000-01234567.json.1.tmp", "20260101-000000-01234567.txt"):
         (history.folder / name).write_text("{}")
-    assert [entry.title for entry in history.entries()] == ["a b", "c" * 80]
-    assert [entry.id for entry in history.entries()] == [chat.saved_id for chat in chats]
+    assert [entry.title for entry in history.entries(history.ids())] == ["a b", "c" * 80]
+    assert history.ids() == [chat.saved_id for chat in chats] and history.entries(["20260101-000000-01234567"]) == []
 
 
 @pytest.mark.parametrize("chat_id", ["", ".", "../x", "/etc/passwd", "20260101-000000-0123456Z", "a\x00b", "２" * 8])
@@ -115,7 +115,7 @@ def test_two_writers_lose_nothing(history, chat_model):
     history.save(ask(second, chat_model, "second"))
     history.save(ask(first, chat_model, "first"))
     assert first.saved_id != second.saved_id
-    questions = [[turn.question for turn in history.load(entry.id).turns] for entry in history.entries()]
+    questions = [[turn.question for turn in history.load(entry.id).turns] for entry in history.entries(history.ids())]
     assert sorted(questions) == [["x", "first"], ["x", "second"]]
 
 
@@ -172,7 +172,7 @@ def test_no_damage_is_more_than_one_line_or_is_overwritten(history, chat_model):
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
-            (entry,) = history.entries()
+            (entry,) = history.entries(history.ids())
             assert entry.error and path.read_bytes() == data
             continue
         assert all(isinstance(part, ReplyPart) for turn in read.turns for r in turn.replies for part in r.parts)
@@ -194,15 +194,15 @@ def test_a_failed_write_is_one_line_and_leaves_the_older_file(history, chat_mode
             history.save(ask(chat, chat_model, "y"))
     assert path.read_bytes() == before and [entry.name for entry in history.folder.iterdir()] == [path.name]
     history.save(chat)
-    assert len(history.load(chat.saved_id).turns) == 2 and len(history.entries()) == 1
+    assert len(history.load(chat.saved_id).turns) == 2 and len(history.ids()) == 1
 
 
 def test_a_folder_that_cannot_be_created_is_one_line(chat_model, tmp_path):
     (tmp_path / "file").write_text("")
     chat, history = ask(Conversation(), chat_model, "x"), ChatHistory(tmp_path / "file" / "chats")
-    assert history.entries() == []
+    assert history.ids() == []
     with pytest.raises(UserError, match="cannot write"):
         history.save(chat)
     history.folder = tmp_path / "there"
     history.save(chat)
-    assert len(history.entries()) == 1
+    assert len(history.ids()) == 1

@@ -252,6 +252,20 @@ def test_a_deletion_is_confirmed(open_page, out, chats):
     assert listed_chats(page) == [] and shown_texts(page) == [] and not list(chats.iterdir())
 
 
+def test_a_long_list_is_shown_on_demand_and_deleted_as_a_whole(open_page, out, chats, monkeypatch):
+    monkeypatch.setattr("serving.history_list.MAX_CHATS_LISTED", 1)
+    page = ask_question(open_page("--out_dir", out), "x")
+    find_button(page, "new_chat").click().run()
+    ask_question(page, "y")
+    assert listed_chats(page) == ["y"]
+    press(page, "Show all")
+    assert listed_chats(page) == ["y", "x"]
+    page = open_page("--out_dir", out)
+    find_button(page, "delete_all").click().run()
+    find_button(page, "confirm").click().run()
+    assert not list(chats.iterdir())
+
+
 def test_a_damaged_file_is_listed_and_stays(open_page, out, chats):
     ask_question(open_page("--out_dir", out), "x")
     (path,) = chats.iterdir()
