@@ -25,6 +25,9 @@ STYLE = """<style>
 .st-key-history .st-key-delete_all {opacity: 0.6; font-size: 0.875rem}
 .st-key-history .st-key-open_shown button {background: color-mix(in srgb, currentColor 9%, transparent)}
 
+/* Streamlit's hints below text fields are in English only. */
+[data-testid=InputInstructions] {display: none}
+
 /* Questions are bubbles on the right, without an icon. */
 [class*=st-key-question_] .stChatMessage {
   width: fit-content; max-width: 85%; margin-left: auto; padding: 0.6rem 1rem; border-radius: 1.2rem;

@@ -76,10 +76,9 @@ def draw_choices(models: dict[str, ModelEntry], lang: str, tools: dict[str, Tool
 
 def draw_tool_controls(strings: dict[str, str], tools: dict[str, Tool], has_tools: bool) -> ToolOptions:
     """Draw the tool picker and the thinking switch, disabled unless all models may have tools."""
-    names = st.multiselect(
-        strings["tools"], list(tools), key="tools", disabled=not has_tools, help=strings["tools_help"],
-        format_func=lambda name: strings[f"tool_{name}"],
-        placeholder=strings["tools_hint" if has_tools else "no_tools"],
+    names = st.pills(  # unlike those of a multiselect, all its texts are ours
+        strings["tools"], list(tools), selection_mode="multi", key="tools", disabled=not has_tools,
+        format_func=lambda name: strings[f"tool_{name}"], help=strings["tools_help" if has_tools else "no_tools"],
     )  # fmt: skip
     is_thinking = st.toggle(
         strings["thinking"], True, key="thinking", disabled=not has_tools, help=strings["thinking_help"]

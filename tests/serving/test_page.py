@@ -552,8 +552,8 @@ def tool_folder(tokenizer, tmp_path):
 def test_thoughts_and_calls_are_folded_above_the_answer(open_page, tool_folder, monkeypatch, lang):
     prompts = script_answers(monkeypatch, f"<think>\n<b>add</b>\n</think>\n\n{CALL}", "It is **5**.", CALL)
     page, strings = open_page("--out_dir", tool_folder, lang=lang), page_strings.STRINGS[lang]
-    page.multiselect(key="tools").set_value(["calculator", "clock"]).run()
-    assert page.multiselect(key="tools").options == [strings[f"tool_{name}"] for name in TOOLS]
+    page.button_group(key="tools").set_value(["calculator", "clock"]).run()
+    assert page.button_group(key="tools").options == [strings[f"tool_{name}"] for name in TOOLS]
     ask_question(page, "2+3?")
     steps = ["<b>add</b>", 'calculator {"expression": "2+3"}', "5"]
     assert shown_texts(page) == ["2+3?", *steps, "It is **5**."]
@@ -564,7 +564,7 @@ def test_thoughts_and_calls_are_folded_above_the_answer(open_page, tool_folder, 
 
     page.toggle(key="markdown").set_value(True).run()
     assert [text.value for text in page.text] == ["2+3?", *steps], "a thought stays plain text"
-    page.multiselect(key="tools").set_value([]).run()
+    page.button_group(key="tools").set_value([]).run()
     page.toggle(key="thinking").set_value(False).run()
     ask_question(page, "more")
     assert prompts[2].endswith("assistant\n<think>\n\n</think>\n\n") and "# Tools" not in prompts[2]
@@ -574,14 +574,14 @@ def test_thoughts_and_calls_are_folded_above_the_answer(open_page, tool_folder, 
 
 def test_a_pretrained_model_has_no_tool_picker(open_page, tool_folder):
     page = open_page("--out_dir", tool_folder)
-    assert not page.multiselect(key="tools").disabled and not page.toggle(key="thinking").disabled
-    page.multiselect(key="tools").set_value(["clock"]).run()
+    assert not page.button_group(key="tools").disabled and not page.toggle(key="thinking").disabled
+    page.button_group(key="tools").set_value(["clock"]).run()
     page.selectbox(key="model").set_value("pretrain_64").run()
-    assert page.multiselect(key="tools").disabled and page.toggle(key="thinking").disabled
+    assert page.button_group(key="tools").disabled and page.toggle(key="thinking").disabled
     assert shown_texts(ask_question(page, "so")) == ["so", "x"]
     page.selectbox(key="model").set_value("full_sft_64").run()
     page.selectbox(key="second").set_value("pretrain_64").run()
-    assert page.multiselect(key="tools").disabled, "both models must have tools"
+    assert page.button_group(key="tools").disabled, "both models must have tools"
 
 
 def test_an_open_thought_streams_in_an_open_expander(open_page, tool_folder, monkeypatch):
@@ -596,7 +596,7 @@ def test_an_open_thought_streams_in_an_open_expander(open_page, tool_folder, mon
 
     monkeypatch.setattr(Conversation, "advance", interrupted)
     monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)
-    page.multiselect(key="tools").set_value(["calculator"]).run()
+    page.button_group(key="tools").set_value(["calculator"]).run()
     ask_question(page, "x")
     (steps,) = (each for each in page.expander if each.label == "Thoughts and calls")
     assert steps.proto.expanded and shown_texts(page) == ["x", "a", "▍"]
@@ -611,7 +611,7 @@ def test_the_lookup_tool_of_the_page_reads_a_file(open_page, tool_folder, tmp_pa
     call = '<tool_call>{"name": "lookup", "arguments": {"subject": "France"}}</tool_call>'
     script_answers(monkeypatch, call, "Paris.")
     page = open_page("--out_dir", tool_folder, "--lookup_file", facts)
-    page.multiselect(key="tools").set_value(["lookup"]).run()
+    page.button_group(key="tools").set_value(["lookup"]).run()
     assert shown_texts(ask_question(page, "?"))[-2:] == ["capital: Paris", "Paris."]
     facts.write_text("no", encoding="utf-8")
     failed = run_here(monkeypatch, capsys, "web_demo.py", "--lookup_file", facts)
