@@ -4,6 +4,7 @@ Called by page.py. Read next: history.py (the files).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import streamlit as st
 
@@ -70,5 +71,6 @@ class HistoryList:
         self._ask("")
         self.delete_chats(chat_ids)
 
-    def _button(self, name: str, on_click: Callable[..., None], *args: object, **options: object) -> None:
-        st.button(self.strings[name], on_click=on_click, args=args, **{"key": name, "type": "tertiary", **options})
+    def _button(self, name: str, on_click: Callable[..., None], *args: Any, **options: Any) -> None:
+        options = {"key": name, "type": "tertiary", **options}
+        st.button(self.strings[name], on_click=on_click, args=args, **options)

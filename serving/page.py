@@ -4,7 +4,7 @@
 
 The run that draws a streaming reply also generates it. A click meanwhile ends that run, and the next run continues the
 same reply (conversation.py), unless the click was Stop. The conversation is saved when a question is asked, every
-SAVE_SECONDS of its reply and at its end. `?chat=ID` in the address shows a saved conversation, also after a reload.
+HISTORY_SECONDS of its reply and at its end. `?chat=ID` in the address shows a saved conversation, also after a reload.
 Called by ../web_demo.py. Read next: conversation.py, history.py, page_turns.py, sidebar.py, page_strings.py.
 """
 
@@ -28,16 +28,11 @@ from serving.page_markdown import block_requests, escape_markdown
 from serving.page_strings import EXAMPLE_PROMPTS, LANGUAGE_LABELS, STRINGS
 from serving.page_style import STYLE, focus_input
 from serving.page_turns import LOGO, MAX_QUESTION_CHARS, TurnPainter
-from serving.sidebar import SidebarChoices, draw_choices, model_summary
+from serving.page_welcome import draw_model_cards, draw_no_model
+from serving.sidebar import SidebarChoices, draw_choices
 
-OWN_MODEL_COMMANDS = """python train_tokenizer.py FILES…
-python data_process.py pretrain FILES…
-python 1-pretrain.py
-python data_process.py sft CHATS…
-python 3-full_sft.py"""
 REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
-SAVE_SECONDS = 2.0  # between two writes of the file of a streaming reply, at least
-MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
+HISTORY_SECONDS = 2.0  # between two writes of the file of a streaming reply, at least
 MAX_TURNS_DRAWN = 30  # the last ones; a button draws all
 
 
@@ -90,7 +85,7 @@ class ChatPage:
         with saved_chats:
             self.draw_saved_chats()
         if not choices:
-            self.draw_no_model()
+            draw_no_model(self.config.models_dir, self.lang)
         elif self.conversation.turns:
             self.draw_conversation(choices)
         else:
@@ -234,18 +229,6 @@ class ChatPage:
         hint = self.strings["ask_both"] if len(models) > 1 else hint
         st.chat_input(hint, max_chars=MAX_QUESTION_CHARS, key="question", on_submit=self.submit_question)
 
-    def draw_no_model(self) -> None:
-        strings = self.strings
-        st.header(strings["none_title"])
-        st.write(strings["none_text"].format(folder=str(self.config.models_dir.absolute()).replace("`", "'")))
-        st.write(strings["none_demo"])
-        st.code("make demo                     # python demo.py", language="bash")
-        st.write(strings["none_own"])
-        st.code(OWN_MODEL_COMMANDS, language="bash")
-        st.write(strings["none_other"])
-        st.code("python web_demo.py --out_dir DIR\npython web_demo.py --checkpoint FILE_OR_DIR…", language="bash")
-        self.button("look_again", "refresh")
-
     def draw_welcome(self, models: list[ModelEntry], choices: SidebarChoices) -> None:
         strings, first = self.strings, choices.models[0]
         st.header(strings["welcome"])
@@ -255,20 +238,8 @@ class ChatPage:
         with st.container(horizontal=True, key="examples"):
             for example in EXAMPLE_PROMPTS[self.lang]["chat" if first.is_chat_model else "text"]:
                 st.button(example, on_click=self.request_action, args=("ask", example))
-        if len(models) < 2:
-            return
-        st.write("")
-        st.write(strings["models"])
-        columns = st.columns(2)
-        for i, model in enumerate(models[:MAX_MODEL_CARDS]):
-            with columns[i % 2].container(border=True):
-                with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-                    st.markdown(f"**{escape_markdown(model.name)}**", width="content")
-                    is_chosen, choose = model.name == first.name, self.state.__setitem__
-                    label = strings["chosen" if is_chosen else "choose"]
-                    options: Any = {"on_click": choose, "args": ("model", model.name), "disabled": is_chosen}
-                    st.button(label, key=f"choose {model.name}", type="tertiary", **options)
-                st.caption(model_summary(model, self.lang))
+        if len(models) > 1:
+            draw_model_cards(models, first, self.lang)
 
     def draw_conversation(self, choices: SidebarChoices) -> None:
         painter, turns = TurnPainter(self.lang, choices), self.conversation.turns
@@ -308,7 +279,7 @@ class ChatPage:
         last, redrawn_at, save_at, is_streaming = (
             self.conversation.turns[-1],
             0.0,
-            time.monotonic() + SAVE_SECONDS,
+            time.monotonic() + HISTORY_SECONDS,
             True,
         )
         device = pick_device(self.config.device)
@@ -323,7 +294,9 @@ class ChatPage:
                     if (started := time.monotonic()) > save_at:
                         self.save()
                         seconds = time.monotonic() - started
-                        save_at = started + max(SAVE_SECONDS, 20 * seconds)  # a long conversation is written less often
+                        save_at = started + max(
+                            HISTORY_SECONDS, 20 * seconds
+                        )  # a long conversation is written less often
         finally:  # also when a click, the end of the server or of the connection ends this run
             self.save()
         st.rerun()  # draws the buttons of a finished turn

@@ -280,7 +280,7 @@ def test_a_damaged_file_is_listed_and_stays(open_page, out, chats):
 
 
 @pytest.mark.parametrize("lang", page_strings.LANGUAGE_LABELS)
-def test_a_conversation_that_cannot_be_saved_is_named_and_goes_on(open_page, out, chats, lang):
+def test_a_conversation_that_cannot_be_saved_is_named_and_continues(open_page, out, chats, lang):
     chats.parent.mkdir(parents=True)
     chats.write_text("a file")
     page = ask_question(ask_question(open_page("--out_dir", out, lang=lang), "x"), "y")
