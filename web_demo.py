@@ -3,10 +3,13 @@
     python web_demo.py                                 the models in out/; prints the address to open
     python web_demo.py --out_dir elsewhere --port 8600
     python web_demo.py --checkpoint out/dpo_512.pth ../Qwen3-0.6B       these instead: .pth files, transformers folders
+    python web_demo.py --history_dir none              save no conversations
 
 Needs: pip install "streamlit>=1.51,<2". Runs from any folder, sends no requests to other servers, and listens on this
-machine only unless --host is set. The page has no password. Reads out/, writes no files.
-Read next: serving/page.py (the page), serving/conversation.py (streaming replies), model/generate.py.
+machine only unless --host is set. The page has no password. Reads out/; writes saved conversations only, by default in
+~/.local/share/mengya/chats. Everybody who can open the page can read them, so where --host lets other machines open it,
+nothing is saved unless --history_dir names a folder.
+Read next: serving/page.py (the page), serving/conversation.py (streaming replies), serving/history.py (saved ones).
 """
 
 import importlib.util
@@ -58,6 +61,7 @@ def launch_streamlit(config: PageConfig) -> None:
     device = pick_device(config.device)
     source = ", ".join(config.checkpoint) or f"models in {config.models_dir}"
     print(f"{source}, {device}, {pick_dtype(config.dtype, device)}; Ctrl-C stops the page", flush=True)
+    print(f"conversations are {f'saved in {folder}' if (folder := config.history_folder) else 'not saved'}", flush=True)
     settings = {**STREAMLIT_SETTINGS, "server.address": config.host, "server.port": config.port}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     streamlit_cli.main(["run", __file__, *flags, "--", *sys.argv[1:]])

@@ -8,6 +8,7 @@ requests), page.py (the chat page).
 import functools
 import ipaddress
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,17 @@ from common.flag_types import (
 from model.chat_template import CHAT_FORMATS
 from model.rope_flags import RopeFlags
 
+# System -> the variable that names the folder of a user's data, and its default below the home folder.
+_USER_DATA = {"win32": ("LOCALAPPDATA", "AppData/Local"), "darwin": ("", "Library/Application Support")}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the Host header
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a server that listens on `host` accepts connections from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a host name
+        return False
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,7 @@ class ServeConfig(RopeFlags, InferenceFlags, Config):
     def check(self) -> None:
         """Raises UserError for an invalid key, and for a --host other than this machine without a key."""
         super().check()
-        try:
-            is_local = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a host name
-            is_local = False
-        if not self.api_keys and not is_local:
+        if not self.api_keys and not is_this_machine(self.host):
             need = "set --api_key KEY or --api_key_file FILE as well"
             raise UserError(f"--host {self.host} accepts other machines: {need}")
         if self.queued_bytes_limit < self.max_request_bytes:
@@ -153,6 +160,11 @@ class PageConfig(RopeFlags, InferenceFlags, Config):
     lookup_file: str = flag(
         "", "jsonl file of facts for the tool lookup", type=path_string, metavar="FILE", group="page"
     )
+    history_dir: str = flag(
+        "", "folder of saved conversations; none: save nothing (default: mengya/chats in the folder of your user's "
+        "data, and none where --host accepts other machines, because everybody who opens the page sees them)",
+        type=path_string, metavar="DIR", group="page",
+    )  # fmt: skip
     host: str = flag(
         "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines", type=non_empty_text, group="page"
     )
@@ -165,3 +177,21 @@ class PageConfig(RopeFlags, InferenceFlags, Config):
         if self.out_dir:
             return Path(self.out_dir)
         return Path("out") if Path("out").is_dir() else Path(__file__).resolve().parent.parent / "out"
+
+    @property
+    def history_folder(self) -> Path | None:
+        """--history_dir, else mengya/chats in the folder where this system keeps a user's data.
+
+        None saves nothing: the user's choice, or other machines may open the page, or there is no home folder.
+        """
+        if self.history_dir:
+            return Path(self.history_dir) if self.history_dir != "none" else None
+        if not is_this_machine(self.host):
+            return None
+        variable, folder = _USER_DATA.get(sys.platform, ("XDG_DATA_HOME", ".local/share"))
+        named = Path(os.environ.get(variable, ""))
+        try:
+            root = named if named.is_absolute() else Path.home() / folder
+        except RuntimeError:  # a user without an entry in the user database
+            return None
+        return root / "mengya" / "chats"

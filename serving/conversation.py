@@ -1,11 +1,11 @@
 """State of a conversation with one model or with two side by side, independent of the user interface.
 
     start_turn -> one streaming reply per side      advance -> generates the next piece of every streaming reply
-    stop | answer_again (also an edited question) | clear
+    stop | answer_again (also an edited question)
 
 A streaming reply can be advanced from any thread, so a page that is redrawn between two pieces continues the same
 reply. The history of a side contains its own replies; for turns before its model joined, those of the first side.
-Called by page.py. Read next: ../evaluation/tool_loop.py (how a reply is generated).
+Called by page.py. Read next: ../evaluation/tool_loop.py (how a reply is generated), history.py (saved conversations).
 """
 
 import threading
@@ -26,6 +26,7 @@ class ChatReply:
 
     model_name: str
     parts: list[ReplyPart] = field(default_factory=list)  # thoughts, answers, calls and results so far
+    tokens: int = 0  # generated so far
     seconds: float = 0.0  # of prefill, decode and tools
     stop_reason: str = ""
     error: str = ""  # message, where stop_reason is "error"
@@ -37,10 +38,6 @@ class ChatReply:
     def text(self) -> str:
         """The answer so far, without thoughts; "" after a call until the next answer begins."""
         return self.parts[-1].text if self.parts and self.parts[-1].kind == "content" else ""
-
-    @property
-    def tokens(self) -> int:
-        return self.reply.num_tokens
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,6 +66,7 @@ class ChatReply:
             self.end(self.reply.finish_reason)
         except RuntimeError as error:  # most likely out of memory: the page stays usable
             self.end("error", (str(error).splitlines() or [type(error).__name__])[0])
+        self.tokens = self.reply.num_tokens
         self.seconds += time.perf_counter() - started
 
     def _add(self, part: ReplyPart) -> None:
@@ -92,10 +90,14 @@ class ChatTurn:
 
 
 class Conversation:
-    """The turns so far, and the streaming replies of the last one."""
+    """The turns so far, and the streaming replies of the last one. `saved_…`: of its file (history.py)."""
 
     def __init__(self) -> None:
         self.turns: list[ChatTurn] = []
+        self.saved_id = ""
+        self.saved_version: tuple[int, int] | None = (
+            None  # of the file that this conversation was read from or written to
+        )
         # After a browser reconnects, two threads may draw the page for a moment.
         self._lock = threading.RLock()
 
@@ -171,10 +173,6 @@ class Conversation:
         question = require_nonempty_text(self.turns[-1].question if question is None else question, "the question")
         last = self.turns.pop()
         self.start_turn(question, chat_models, settings, system, last.attempt + 1, options)
-
-    def clear(self) -> None:
-        self.stop()
-        self.turns = []
 
 
 def user_message(text: str) -> Message:

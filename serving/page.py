@@ -1,15 +1,14 @@
-"""The chat page in streamlit: draws the model list, the sidebar and the conversation.
+"""The chat page in streamlit: draws the model list, the sidebar, the saved conversations and the conversation.
 
     each user input reruns `draw_page` from top to bottom:  sidebar -> action -> turns -> streaming reply
 
 The run that draws a streaming reply also generates it. A click meanwhile ends that run, and the next run continues the
-same reply (conversation.py), unless the click was Stop. A model's text is drawn as plain text, never as HTML; as
-Markdown only if the user chooses it, and then without images and links (page_markdown.py).
-Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, sidebar.py, page_strings.py.
+same reply (conversation.py), unless the click was Stop. The conversation is saved when a question is asked, every
+HISTORY_SECONDS of its reply and at its end. `?chat=ID` in the address shows a saved conversation, also after a reload.
+Called by ../web_demo.py. Read next: conversation.py, history.py, page_turns.py, sidebar.py, page_strings.py.
 """
 
 import dataclasses
-import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,20 @@ from common.errors import UserError
 from evaluation.chat_model import ChatModel, open_chat_model
 from evaluation.tools import Tool, make_tools
 from serving.config import PageConfig
-from serving.conversation import ChatReply, ChatTurn, Conversation
-from serving.copy_button import copy_button
+from serving.conversation import Conversation
+from serving.history import ChatHistory
+from serving.history_list import HistoryList
 from serving.model_list import ModelEntry, file_version, list_models, with_rope_scaling
-from serving.page_markdown import block_requests, escape_markdown, safe_markdown
+from serving.page_markdown import block_requests, escape_markdown
 from serving.page_strings import EXAMPLE_PROMPTS, LANGUAGE_LABELS, STRINGS
-from serving.sidebar import SidebarChoices, draw_choices, model_summary
+from serving.page_style import STYLE, focus_input
+from serving.page_turns import LOGO, MAX_QUESTION_CHARS, TurnPainter
+from serving.page_welcome import draw_model_cards, draw_no_model
+from serving.sidebar import SidebarChoices, draw_choices
 
-LOGO = ":material/potted_plant:"
-STYLE = """<style>
-.stMainBlockContainer {padding-top: 3rem}
-.stSidebar h1 {padding-top: 0}
-.st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10; align-self: flex-end}
-/* Stop stays under the mouse while the reply grows */
-</style>"""
-OWN_MODEL_COMMANDS = """python train_tokenizer.py FILES…
-python data_process.py pretrain FILES…
-python 1-pretrain.py
-python data_process.py sft CHATS…
-python 3-full_sft.py"""
 REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
-MAX_QUESTION_CHARS = 20_000
-MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
+HISTORY_SECONDS = 2.0  # between two writes of the file of a streaming reply, at least
+MAX_TURNS_DRAWN = 30  # the last ones; a button draws all
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -64,30 +55,41 @@ class ChatPage:
     def __init__(self, config: PageConfig) -> None:
         self.config = config
         self.state = st.session_state
-        self.conversation: Conversation = self.state.setdefault("conversation", Conversation())
+        folder = config.history_folder
+        self.history = ChatHistory(folder) if folder else None
         locale = (st.context.locale or "") if config.lang == "auto" else config.lang
         self.lang = self.state.get("lang") or ("zh" if locale.lower().startswith("zh") else "en")
         self.strings = STRINGS[self.lang]
 
+    @property
+    def conversation(self) -> Conversation:
+        conversation: Conversation = self.state["conversation"]
+        return conversation
+
     def draw(self) -> None:
+        files = tuple(map(Path, self.config.checkpoint))
+        model_list = [with_rope_scaling(m, self.config.rope) for m in list_models(self.config.models_dir, files)]
+        models = {model.name: model for model in model_list if not model.error}
+        self.restore_conversation(models)
         layout: Any = "wide" if self.state.get("second") else "centered"
         st.set_page_config(self.strings["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
         block_requests()
-        files = tuple(map(Path, self.config.checkpoint))
-        model_list = [with_rope_scaling(m, self.config.rope) for m in list_models(self.config.models_dir, files)]
-        models = {model.name: model for model in model_list if not model.error}
         with st.sidebar:
-            choices = self.draw_sidebar(models, [model for model in model_list if model.error])
+            saved_chats, choices = self.draw_sidebar(models, [model for model in model_list if model.error])
+        welcome = st.empty()  # cleared by a conversation; its elements would stay visible while a reply streams
+        if error := self.state.pop("page_error", ""):
+            st.error(escape_markdown(error))
+        if choices:
+            self.run_action(choices)
+        with saved_chats:
+            self.draw_saved_chats()
         if not choices:
-            self.draw_no_model()
-            return
-        self.run_action(choices)
-        placeholder = st.empty()  # replaces the welcome page, which would stay visible while a reply streams
-        if self.conversation.turns:
+            draw_no_model(self.config.models_dir, self.lang)
+        elif self.conversation.turns:
             self.draw_conversation(choices)
         else:
-            with placeholder.container():
+            with welcome.container():
                 self.draw_welcome(list(models.values()), choices)
 
     def button(self, name: str, icon: str, on_click: Any = None, *args: Any, **options: Any) -> bool:
@@ -95,7 +97,77 @@ class ChatPage:
         icon = f":material/{icon}:"
         return st.button(self.strings[name], icon=icon, on_click=on_click, args=args, **{"key": name, **options})
 
-    def draw_sidebar(self, models: dict[str, ModelEntry], unreadable: list[ModelEntry]) -> SidebarChoices | None:
+    # ---- saved conversations -----------------------------------------------------------------------------------------
+    def restore_conversation(self, models: dict[str, ModelEntry]) -> None:
+        """First run of a tab: open the conversation of the page's address. Later: what another tab has written."""
+        if "conversation" not in self.state:
+            self.state["conversation"] = Conversation()
+            self.state["address"] = named = st.query_params.get("chat", "")
+            if named:
+                self.open_chat(named)
+        elif self.history:
+            self.state["conversation"] = self.history.refresh(self.conversation)
+        if wanted := self.state.pop("wanted_models", []):  # those of an opened conversation, as far as they exist
+            found = [name for name in dict.fromkeys(wanted) if name in models]
+            self.state["model"] = (found or [self.state.get("model")])[0]
+            self.state["second"] = "".join(found[1:2])
+        self.show_address()
+
+    def show_address(self) -> None:
+        """Put the id of the conversation into the page's address if it has changed."""
+        shown = self.conversation.saved_id
+        if shown != self.state["address"]:  # not at every run: the browser's Back button would have no effect
+            self.state["address"] = shown
+            st.query_params.from_dict({"chat": shown} if shown else {})
+
+    def open_chat(self, chat_id: str = "") -> None:
+        """Show a saved conversation, or a new one. A streaming reply of the one before is stopped and saved."""
+        if self.conversation.streaming:
+            self.conversation.stop()
+            self.save()
+        self.state["editing"] = self.state["all_turns"] = False
+        opened = Conversation()
+        if chat_id and self.history:
+            try:
+                opened = self.history.load(chat_id)
+                self.state["wanted_models"] = [reply.model_name for reply in opened.turns[-1].replies]
+            except UserError as error:
+                self.state["page_error"] = str(error)
+        self.state["conversation"], self.state["save_error"] = opened, ""
+
+    def delete_chats(self, chat_ids: list[str]) -> None:
+        if self.history:
+            try:
+                self.history.delete(chat_ids)
+            except UserError as error:
+                self.state["page_error"] = str(error)
+                return
+        if self.conversation.saved_id in chat_ids:
+            self.open_chat()
+
+    def save(self) -> None:
+        """Save the conversation; an error is shown below the conversation until it is saved."""
+        if self.history:
+            try:
+                self.history.save(self.conversation)
+                self.state["save_error"] = ""
+            except UserError as error:
+                self.state["save_error"] = str(error)
+
+    def draw_saved_chats(self) -> None:
+        """Draw the button of a new conversation and the list of the saved ones."""
+        new = {"width": "stretch", "disabled": not self.conversation.turns}
+        self.button("new_chat", "edit_square", self.open_chat, **new)
+        if self.history:
+            HistoryList(self.history, self.lang, self.open_chat, self.delete_chats).draw(self.conversation.saved_id)
+        else:
+            st.caption(self.strings["not_saved"])
+
+    # ---- sidebar and actions -----------------------------------------------------------------------------------------
+    def draw_sidebar(
+        self, models: dict[str, ModelEntry], unreadable: list[ModelEntry]
+    ) -> tuple[Any, SidebarChoices | None]:
+        """Draw the sidebar; returns the container of the saved conversations, which are drawn after the action."""
         strings = self.strings
         st.title(f":primary[{LOGO}] {strings['title']}")
         st.radio(
@@ -107,36 +179,31 @@ class ChatPage:
             format_func=lambda lang: LANGUAGE_LABELS[lang],
             label_visibility="collapsed",
         )
-        choices = None
-        if models:
-            choices = draw_choices(models, self.lang, page_tools(self.config.lookup_file))
-            has_turns = bool(self.conversation.turns)
-            self.button("clear", "add", self.clear_conversation, disabled=not has_turns, width="stretch")
+        saved_chats = st.container(key="saved_chats")
+        choices = draw_choices(models, self.lang, page_tools(self.config.lookup_file)) if models else None
         if unreadable:
             with st.expander(strings["unreadable"].format(n=len(unreadable))):
                 for model in unreadable:
                     st.caption(escape_markdown(model.error))
-        return choices
-
-    def clear_conversation(self) -> None:
-        self.conversation.clear()
-        self.state["editing"] = False
+        return saved_chats, choices
 
     def request_action(self, action: str, text: str = "") -> None:
         """Callback of a button: store the action for the next run of the page."""
         self.state["pending_action"] = (action, text)
         self.state["editing"] = False
 
+    def end_editing(self, text: str = "") -> None:
+        """Close the edit form; `text` is asked in place of the last question."""
+        self.request_action("edit" if text else "", text)
+
+    def submit_question(self) -> None:
+        """Callback of the input; its value is stored under the widget's key."""
+        self.request_action("ask", self.state["question"] or "")
+
     def run_action(self, choices: SidebarChoices) -> None:
         strings, models = self.strings, choices.models
-        hint = strings["ask" if models[0].is_chat_model else "continue"].format(name=models[0].name)
-        hint = strings["ask_both"] if len(models) > 1 else hint
-        question = st.chat_input(hint, max_chars=MAX_QUESTION_CHARS, key="question")
         action, text = self.state.pop("pending_action", ("", ""))
-        if question and question.strip():
-            action, text = "ask", question
-            self.state["editing"] = False
-        if not action:
+        if not action or (action != "again" and not text.strip()):
             return
         try:
             with st.spinner(strings["loading"].format(name=", ".join(escape_markdown(model.name) for model in models))):
@@ -152,141 +219,91 @@ class ChatPage:
             st.error(escape_markdown(str(error)))
         except OSError as error:  # the file was deleted while it was opened
             st.error(escape_markdown(f"{error.filename}: {error.strerror}"))
+        self.save()
+        self.show_address()
 
-    def draw_no_model(self) -> None:
-        strings = self.strings
-        st.header(strings["none_title"])
-        st.write(strings["none_text"].format(folder=str(self.config.models_dir.absolute()).replace("`", "'")))
-        st.write(strings["none_demo"])
-        st.code("make demo                     # python demo.py", language="bash")
-        st.write(strings["none_own"])
-        st.code(OWN_MODEL_COMMANDS, language="bash")
-        st.write(strings["none_other"])
-        st.code("python web_demo.py --out_dir DIR\npython web_demo.py --checkpoint FILE_OR_DIR…", language="bash")
-        self.button("look_again", "refresh")
+    def draw_input(self, choices: SidebarChoices) -> None:
+        """Draw the input: in a container, or else at the bottom, where streamlit scrolls to the last reply."""
+        models = choices.models
+        hint = self.strings["ask" if models[0].is_chat_model else "continue"].format(name=models[0].name)
+        hint = self.strings["ask_both"] if len(models) > 1 else hint
+        st.chat_input(hint, max_chars=MAX_QUESTION_CHARS, key="question", on_submit=self.submit_question)
 
     def draw_welcome(self, models: list[ModelEntry], choices: SidebarChoices) -> None:
         strings, first = self.strings, choices.models[0]
         st.header(strings["welcome"])
         st.caption(strings["welcome_sub"])
-        st.write(strings["starts"])
-        with st.container(horizontal=True):
+        with st.container(key="composer"):
+            self.draw_input(choices)
+        with st.container(horizontal=True, key="examples"):
             for example in EXAMPLE_PROMPTS[self.lang]["chat" if first.is_chat_model else "text"]:
                 st.button(example, on_click=self.request_action, args=("ask", example))
-        if len(models) < 2:
-            return
-        st.write("")
-        st.write(strings["models"])
-        columns = st.columns(2)
-        for i, model in enumerate(models[:MAX_MODEL_CARDS]):
-            with columns[i % 2].container(border=True):
-                with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-                    st.markdown(f"**{escape_markdown(model.name)}**", width="content")
-                    is_chosen, choose = model.name == first.name, self.state.__setitem__
-                    label = strings["chosen" if is_chosen else "choose"]
-                    options: Any = {"on_click": choose, "args": ("model", model.name), "disabled": is_chosen}
-                    st.button(label, key=f"choose {model.name}", type="tertiary", **options)
-                st.caption(model_summary(model, self.lang))
+        if len(models) > 1:
+            draw_model_cards(models, first, self.lang)
 
     def draw_conversation(self, choices: SidebarChoices) -> None:
+        painter, turns = TurnPainter(self.lang, choices), self.conversation.turns
+        self.draw_input(choices)
+        self.button("new_chat", "edit_square", self.open_chat, key="new_top", type="tertiary")
+        first = 0 if self.state.get("all_turns") else max(0, len(turns) - MAX_TURNS_DRAWN)
+        if first:
+            label = self.strings["all_turns"].format(n=first)
+            st.button(label, key="all_turns_button", on_click=self.state.__setitem__, args=("all_turns", True))
         placeholders: list[tuple[Any, Any]] = []
-        for number, turn in enumerate(self.conversation.turns):
-            placeholders = self.draw_turn(number, turn, choices)
-        if not self.conversation.streaming:
-            self.draw_last_buttons()
-            return
-        self.button("stop", "stop", self.conversation.stop, type="primary")
-        last, redrawn_at, is_streaming = self.conversation.turns[-1], 0.0, True
-        device = pick_device(self.config.device)
-        with autocast(device, pick_dtype(self.config.dtype, device)):  # around the loop: weights are cast once
-            while is_streaming:
-                is_streaming = self.conversation.advance()
-                if not is_streaming or time.monotonic() - redrawn_at > REDRAW_SECONDS:
-                    for (text, footer), reply in zip(placeholders, last.replies, strict=True):
-                        self.draw_reply(text, footer, reply, choices)
-                    redrawn_at = time.monotonic()
-        st.rerun()  # draws the buttons of a finished turn
-
-    def draw_turn(self, number: int, turn: ChatTurn, choices: SidebarChoices) -> list[tuple[Any, Any]]:
-        """Draw a turn; returns the placeholders (text, footer) of its replies."""
-        with st.chat_message("user", avatar=":material/person:"):
-            st.text(turn.question)
-        placeholders = []
-        columns = st.columns(len(turn.replies)) if len(turn.replies) > 1 else [st.container()]
-        for side, reply in enumerate(turn.replies):
-            with columns[side], st.chat_message("assistant", avatar=LOGO):
-                text = st.empty()
-                with st.container(horizontal=True, vertical_alignment="center"):
-                    footer = st.empty()
-                    if reply.stop_reason and reply.text:
-                        copy_button(
-                            reply.text, self.strings["copy"], self.strings["copied"], key=f"copy {number} {side}"
-                        )
-                self.draw_reply(text, footer, reply, choices)
-                placeholders.append((text, footer))
-        return placeholders
-
-    def draw_reply(self, placeholder: Any, footer: Any, reply: ChatReply, choices: SidebarChoices) -> None:
-        """Draw a reply's text so far and the line below it."""
-        strings = self.strings
-        if all(part.kind == "content" for part in reply.parts):
-            self.draw_text(placeholder, reply.text, not reply.stop_reason, choices.markdown)
-        else:
-            with placeholder.container():
-                self.draw_parts(reply, choices.markdown)
-        notes = [escape_markdown(reply.model_name)]
-        if reply.tokens:
-            notes.append(strings["speed"].format(tokens=reply.tokens, speed=f"{reply.tokens_per_second:.0f}"))
-        if reply.stop_reason in ("length", "stopped", "tool_calls"):
-            notes.append(strings[f"end_{reply.stop_reason}"])
-        if reply.error:
-            notes.append(f":red[{escape_markdown(reply.error)}]")
-        if reply.is_truncated:
-            limit = next((model.max_seq_len for model in choices.models if model.name == reply.model_name), "…")
-            notes.append(strings["shortened"].format(n=limit))
-        footer.caption(" · ".join(notes), width="content")
-
-    def draw_text(self, container: Any, text: str, is_streaming: bool, markdown: bool) -> None:
-        """Draw an answer in a container of streamlit, which may be `st` itself."""
-        if is_streaming:
-            container.text(text + " ▍")
-        elif text.strip() and markdown:
-            container.markdown(safe_markdown(text))
-        elif text.strip():
-            container.text(text)
-        else:
-            container.caption(self.strings["no_answer"])
-
-    def draw_parts(self, reply: ChatReply, markdown: bool) -> None:
-        """Draw a reply with thoughts or calls, which are folded; those of a streaming reply are open."""
-        labels = {"reasoning": "thought", "tool_call": "call", "tool_result": "result"}
-        for is_answer, parts in itertools.groupby(reply.parts, lambda part: part.kind == "content"):
-            if is_answer:
-                self.draw_text(st, "".join(part.text for part in parts), False, markdown and bool(reply.stop_reason))
-                continue
-            with st.expander(self.strings["steps"], expanded=not reply.stop_reason):
-                for part in parts:
-                    st.caption(self.strings[labels[part.kind]])
-                    st.text(part.text)
-        if not reply.stop_reason:
-            st.text("▍")
-        elif not reply.text.strip():
-            st.caption(self.strings["no_answer"])
-
-    def draw_last_buttons(self) -> None:
-        strings = self.strings
-        if not self.state.get("editing"):
-            with st.container(horizontal=True):
+        with st.container():
+            for number in range(first, len(turns)):
+                if self.state.get("editing") and number == len(turns) - 1:
+                    painter.draw_edit_form(turns[number].question, self.end_editing)
+                else:
+                    painter.draw_question(number, turns[number])
+                placeholders = painter.draw_replies(number, turns[number])
+        below = (
+            st.empty()
+        )  # replaced at once, where streamlit would show the buttons of the last run until this one ends
+        if self.conversation.streaming:
+            with below.container():
+                self.button("stop", "stop", self.stop, type="primary")
+                if len(turns) == 1:
+                    focus_input()
+            self.stream_replies(painter, placeholders)
+        elif not self.state.get("editing"):
+            with below.container(horizontal=True):
                 self.button("again", "refresh", self.request_action, "again", type="tertiary")
                 edit = self.state.__setitem__
                 self.button("edit", "edit", edit, "editing", True, key="edit_last", type="tertiary")
-            return
-        with st.form("edit", border=False):
-            last = self.conversation.turns[-1].question
-            text = st.text_area(strings["edit_label"], last, max_chars=MAX_QUESTION_CHARS, key="edited")
-            if st.form_submit_button(strings["send"], type="primary") and text.strip():
-                self.request_action("edit", text)
-                st.rerun()
+        if error := self.state.get("save_error"):
+            st.warning(self.strings["save_failed"].format(error=escape_markdown(error)))
+
+    def stream_replies(self, painter: TurnPainter, placeholders: list[tuple[Any, Any]]) -> None:
+        """Generate and draw the streaming replies of the last turn, then run the page again."""
+        last, redrawn_at, save_at, is_streaming = (
+            self.conversation.turns[-1],
+            0.0,
+            time.monotonic() + HISTORY_SECONDS,
+            True,
+        )
+        device = pick_device(self.config.device)
+        try:
+            with autocast(device, pick_dtype(self.config.dtype, device)):  # around the loop: weights are cast once
+                while is_streaming:
+                    is_streaming = self.conversation.advance()
+                    if not is_streaming or time.monotonic() - redrawn_at > REDRAW_SECONDS:
+                        for (text, footer), reply in zip(placeholders, last.replies, strict=True):
+                            painter.draw_reply(text, footer, reply)
+                        redrawn_at = time.monotonic()
+                    if (started := time.monotonic()) > save_at:
+                        self.save()
+                        seconds = time.monotonic() - started
+                        save_at = started + max(
+                            HISTORY_SECONDS, 20 * seconds
+                        )  # a long conversation is written less often
+        finally:  # also when a click, the end of the server or of the connection ends this run
+            self.save()
+        st.rerun()  # draws the buttons of a finished turn
+
+    def stop(self) -> None:
+        self.conversation.stop()
+        self.save()
 
 
 def draw_page(config: PageConfig) -> None:

@@ -25,6 +25,7 @@ OTHER_SLIDERS = {
     "no_repeat_ngram_size": (0, 20, 0, 1),
     "num_beams": (1, MAX_BEAMS, 1, 1),
 }
+SMALL_MODEL_PARAMETERS = 100e6  # see fitting_temperature
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def draw_choices(models: dict[str, ModelEntry], lang: str, tools: dict[str, Tool
     names = list(models)
     if state.get("model") not in models:  # first run, or its file was deleted
         state["model"] = names[0]
-    first = models[st.selectbox(strings["model"], names, key="model") or names[0]]
-    st.caption(model_summary(first, lang, scores=3))
+    all_scores = model_summary(models[state["model"]], lang, scores=3)
+    first = models[st.selectbox(strings["model"], names, key="model", help=all_scores) or names[0]]
+    st.caption(model_summary(first, lang))
     others = ["", *(name for name in names if name != first.name)]
     if state.get("second") not in others:
         state["second"] = ""
@@ -53,32 +55,30 @@ def draw_choices(models: dict[str, ModelEntry], lang: str, tools: dict[str, Tool
         st.selectbox(strings["second"], others, key="second", format_func=lambda name: name or strings["no_second"])
     second = state["second"]
     if second:
-        st.caption(model_summary(models[second], lang, scores=3))
+        st.caption(model_summary(models[second], lang))
     chosen = [first, models[second]] if second else [first]
-    has_chat_model = any(model.is_chat_model for model in chosen)
-    system = st.text_area(
-        strings["system"],
-        key="system",
-        height=80,
-        max_chars=2000,
-        disabled=not has_chat_model,
-        placeholder=strings["system_hint" if has_chat_model else "no_system"],
-    )
-    options = draw_tool_controls(strings, tools, all(model.has_tools for model in chosen))
     st.caption(strings["sampling"])
-    sampling = draw_sampling_controls(
-        strings, min(model.max_seq_len for model in chosen), draw_preset_toggle(first, strings)
-    )
+    sampling = draw_sampling_controls(strings, chosen, draw_preset_toggle(first, strings))
+    with st.expander(strings["instructions"]):
+        has_chat_model = any(model.is_chat_model for model in chosen)
+        system = st.text_area(
+            strings["system"],
+            key="system",
+            height=80,
+            max_chars=2000,
+            disabled=not has_chat_model,
+            placeholder=strings["system_hint" if has_chat_model else "no_system"],
+        )
+        options = draw_tool_controls(strings, tools, all(model.has_tools for model in chosen))
     markdown = st.toggle(strings["markdown"], key="markdown", help=strings["markdown_help"])
     return SidebarChoices(chosen, sampling, system if has_chat_model else "", options, markdown)
 
 
 def draw_tool_controls(strings: dict[str, str], tools: dict[str, Tool], has_tools: bool) -> ToolOptions:
     """Draw the tool picker and the thinking switch, disabled unless all models may have tools."""
-    names = st.multiselect(
-        strings["tools"], list(tools), key="tools", disabled=not has_tools, help=strings["tools_help"],
-        format_func=lambda name: strings[f"tool_{name}"],
-        placeholder=strings["tools_hint" if has_tools else "no_tools"],
+    names = st.pills(  # unlike those of a multiselect, all its texts are ours
+        strings["tools"], list(tools), selection_mode="multi", key="tools", disabled=not has_tools,
+        format_func=lambda name: strings[f"tool_{name}"], help=strings["tools_help" if has_tools else "no_tools"],
     )  # fmt: skip
     is_thinking = st.toggle(
         strings["thinking"], True, key="thinking", disabled=not has_tools, help=strings["thinking_help"]
@@ -99,14 +99,28 @@ def draw_preset_toggle(model: ModelEntry, strings: dict[str, str]) -> tuple[str,
     return (name, settings) if is_on else ("", {})
 
 
-def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[str, dict[str, Any]]) -> SamplingParams:
-    """Draw the sampling controls and return their values. `limit`: context length. `preset`: (name, settings).
+def fitting_temperature(parameters: float) -> float:
+    """The initial temperature of a model: small ones make fewer mistakes near the most likely tokens.
 
-    Each preset has widgets of its own, whose initial values are its settings.
+    Measured on 400 held-out questions for two models of 4.6 M parameters: 93.5 % and 91.7 % correct at 0.3, 92.0 % and
+    89.2 % at 0.7, 89.0 % and 81.0 % at 1.0; greedy decoding is no better than 0.3.
+    """
+    return 0.3 if parameters < SMALL_MODEL_PARAMETERS else DEFAULT_SAMPLING["temperature"]
+
+
+def draw_sampling_controls(
+    strings: dict[str, str], models: list[ModelEntry], preset: tuple[str, dict[str, Any]]
+) -> SamplingParams:
+    """Draw the sampling controls and return their values. `preset`: (name, settings).
+
+    Each preset has widgets of its own, whose initial values are its settings; so has each initial temperature.
     """
     name, settings = preset
     suffix = f"_{name}" if name else ""
+    limit = min(model.max_seq_len for model in models)
     first = merge_settings(settings, DEFAULT_SAMPLING)
+    if "temperature" not in settings:
+        first["temperature"] = fitting_temperature(min(model.facts["parameters"] for model in models))
 
     def slider(name: str, low: Any, high: Any, value: Any, step: Any, **options: Any) -> Any:
         options = {"key": name + suffix, "help": strings.get(f"{name}_help"), **options}
@@ -114,7 +128,8 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
 
     # Beam search does not sample, so the temperature has no effect.
     is_beam_search = st.session_state.get(f"num_beams{suffix}", first.get("num_beams", 1)) > 1
-    temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=is_beam_search)
+    key = f"temperature_{first['temperature']}{suffix}"
+    temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05, key=key, disabled=is_beam_search)
     longest = slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
     with st.expander(strings["more"]):
         is_greedy = is_beam_search or temperature == 0  # the sampling sliders have no effect
@@ -147,7 +162,7 @@ def model_summary(model: ModelEntry, lang: str, scores: int = 1) -> str:
     for what, values in shown:
         kind, _, report = what.partition(":")
         label = SCORE_LABELS[lang][kind] + (f" ({escape_markdown(report)})" if len(shown) > 1 else "")
-        lines.append(f"{label}: {format_by_language(values, kind)}")
+        lines.append(f"{label}{strings['colon']}{format_by_language(values, kind, strings)}")
     return "  \n".join(lines)
 
 
@@ -159,7 +174,8 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def format_by_language(values: dict[str, float], kind: str) -> str:
-    """`zh 93.0% · en 92.3%`, zh first; bits per byte are not percentages."""
+def format_by_language(values: dict[str, float], kind: str, strings: dict[str, str]) -> str:
+    """`Chinese 93.0% · English 92.3%`; bits per byte are not percentages."""
     form = "{} {:.2f}" if kind == "bits_per_byte" else "{} {:.1%}"
-    return " · ".join(form.format(escape_markdown(lang), values[lang]) for lang in sorted(values, reverse=True))
+    names = {lang: strings.get(f"in_{lang}", escape_markdown(lang)) for lang in sorted(values, reverse=True)}
+    return " · ".join(form.format(name, values[lang]) for lang, name in names.items())

@@ -138,7 +138,8 @@ STAGES = (
     Stage("demo", "-m tests.faults.small_demo --out_dir WORK/demo --max_steps 2", "", steps=("",)),
 )
 STAGE_NAMES = [stage.name for stage in STAGES]
-# Scripts and modules that write no files, except caches of libraries and, by atomic_write, tables of benchmarks.
+# Scripts and modules that write no files, except caches of libraries and, by atomic_write, tables of benchmarks and
+# saved conversations.
 READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",

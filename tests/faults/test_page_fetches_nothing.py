@@ -110,7 +110,7 @@ def test_layout_and_formulas_are_preserved():
 
 
 def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
-    """Answers, questions, system prompts, and names of models, of a damaged file and of the folder."""
+    """Answers, questions, system prompts, saved conversations, names of models, of a damaged file and of folders."""
     nasty = "\n\n".join(attack_texts("http://127.0.0.1:1"))
     folder = tmp_path / "![f](http:\\\\h.invalid\\f) `![f](x)"
     save_scripted_model(
@@ -119,6 +119,11 @@ def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
     save_scripted_model(folder / "full_sft_64.pth", tokenizer, ["hi"])
     (folder / "![d](http:\\\\h.invalid\\d).pth").write_bytes(b"damaged")
     monkeypatch.setattr(sys, "argv", ["web_demo.py", "--lang", "en", "--device", "cpu", "--out_dir", str(folder)])
+    chats = folder / "mengya" / "chats"
+    chats.mkdir(parents=True)
+    (chats / "20260101-000000-01234567.json").write_bytes(b"damaged")
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    monkeypatch.setattr(sys, "platform", "linux")
     page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
     read = list(markdown_of(page))
     page.selectbox(key="model").set_value(page.selectbox(key="model").options[-1]).run()
@@ -127,6 +132,12 @@ def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
     page.chat_input[0].set_value(nasty[:2000]).run()
     assert not page.exception
     read += markdown_of(page)
+    page.button(key="new_chat").click().run()
+    read += markdown_of(page)
+    titles = [button for button in page.button if (button.key or "").startswith("open_")]
+    assert len(titles) == 2 and any(button.help for button in titles) and any("127.0.0.1" in b.label for b in titles)
+    titles[0].click().run()
+    assert page.text and not page.exception
     assert sum("h\\.invalid" in text or "h.invalid" in text for text in read) >= 2
     assert any("127.0.0.1:1/0" in text for text in read), "the answer is rendered as Markdown"
     assert not {text: kinds for text in read if (kinds := fetching_tokens(text))}
@@ -179,7 +190,8 @@ def page_url(tokenizer, tmp_path, request_log):
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, ROOT / "web_demo.py", "--port", str(port), "--device", "cpu", "--lang", "en"],
-            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_DATA_HOME": str(tmp_path)},
+            stdout=log, stderr=log,
         )  # fmt: skip
         try:
             for _ in range(240):

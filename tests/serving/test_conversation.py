@@ -135,8 +135,7 @@ def test_regenerate_and_edit_replace_the_last_turn(models, prompts):
         chat.answer_again(sides, GREEDY, question="  ")
     chat.answer_again(sides, GREEDY, question="B?")
     assert [turn.question for turn in chat.turns] == ["a", "B?"] and "b<|im_end|>" not in prompts[-1]
-    chat.clear()
-    assert not chat.turns and not chat.streaming
+    chat = Conversation()
     chat.answer_again(sides, GREEDY)
     assert not chat.turns, "nothing to answer again"
 
