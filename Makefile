@@ -3,7 +3,7 @@
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
-# Windows has no make: docs/clusters.md lists the plain commands.
+# Windows has no make: README.md lists the plain commands.
 
 PYTHON ?= python3
 VENV = .venv

@@ -147,7 +147,6 @@ READ_ONLY = {
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",
     "demo_world.speed",
-    "demo_world.answers_picture",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
     "benchmarks.journeys",
@@ -165,6 +164,7 @@ READ_ONLY = {
     "benchmarks.train_case",
     "benchmarks.training",
     "benchmarks.growth",
+    "demo_world.answers_picture",
 }
 
 
