@@ -13,6 +13,7 @@ Read next: report.py (the report of the demo), ../evaluation/qa.py (when an answ
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ STAGES = {
 SETS = ("world/questions.jsonl", "world/identity_questions.jsonl", "tool_world/arithmetic.jsonl")
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "SimHei", "PingFang SC", "Microsoft YaHei",
                  "Noto Sans CJK JP")  # fmt: skip
-TEXTS = {
+TEXTS: dict[str, dict[str, Any]] = {
     "en": {
         "stages": ("Pretraining\n1-pretrain.py", "SFT\n3-full_sft.py", "LoRA\n4-lora_sft.py", "DPO\n5-dpo_train.py",
                    "RL (SFT with thoughts, GRPO)\n6-grpo_train.py"),
@@ -111,7 +112,7 @@ def draw(answers: dict[str, list[list[KeyedQuestion]]], times: list[float], lang
     if lang == "zh" and len(family) == 1:
         raise UserError("no font with Chinese characters: install Noto Sans CJK (Debian: apt install fonts-noto-cjk)")
 
-    def write(x: float, y: float, text: str, size: float, **style: str) -> None:
+    def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
         axes.text(x, y, text, fontsize=size, family=family, va="top", **{"color": INK, **style})
 
     for column, (title, learns, time) in enumerate(zip(texts["stages"], texts["learns"], times, strict=True)):
