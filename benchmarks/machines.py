@@ -1,6 +1,6 @@
 """Estimate the bottleneck of a training step on several machines: compute, network or memory. Trains nothing.
 
-    python -m benchmarks.machines                              print the table of README.md
+    python -m benchmarks.machines                              print the table of docs/planning.md
 
 Read next: ../trainer/memory.py (the formulas).
 """

@@ -165,6 +165,7 @@ READ_ONLY = {
     "benchmarks.train_case",
     "benchmarks.training",
     "benchmarks.growth",
+    "demo_world.answers_picture",
 }
 
 
