@@ -160,6 +160,9 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
             print(f"{title}: already complete", flush=True)
             continue
         print(title + (f" ({minutes_text(estimate.seconds_left())} to go)" if estimate else ""), flush=True)
+        for path in step.results:  # of an older run: a training does not replace a finished model
+            if path.suffix == ".pth":
+                path.unlink(missing_ok=True)
         seconds = run_command(step.command)
         if estimate:
             estimate.finish(step.name, seconds)

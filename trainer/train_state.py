@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from model.checkpoint import read_checkpoint
 from model.config import ModelConfig
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
@@ -154,6 +155,20 @@ def resolve_global_batch_size(config: TrainConfig, path: Path, dist: DistContext
             + (f", or {RESTART_ADVICE}" if saved else " or another --global_batch_size")
         )
     return rows
+
+
+def check_not_finished(config: TrainConfig, path: Path) -> None:
+    """Raise UserError if the run would replace the finished model at `path`, and --resume never does not ask for it."""
+    if config.resume == "never" or not path.exists() or resume_path(path).exists():
+        return
+    try:
+        last = read_checkpoint(path, weights=False)["lineage"][-1]
+        facts = f" ({last['steps']:,} steps on {last['data']})"
+    except (UserError, LookupError, TypeError, ValueError):
+        facts = ""
+    raise UserError(
+        f"{path} is a finished run{facts}: --run_name NAME trains another one beside it, --resume never replaces it"
+    )
 
 
 def micro_batch_size(config: TrainConfig, rows_per_step: int, world_size: int) -> int:
