@@ -5,8 +5,8 @@
 The split depends only on the content, not on the order of the files: a text is in the same split of every dataset. For
 chats the hashed content is the first question, so no question is in both splits. If more than 20 chats start with the
 same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples at
-least min(20, n / 20) are validation examples, those of a language with the lowest hashes. So 400 examples always have 20.
-The chats of a question stay together; only if all of them would be too many is the last question divided.
+least min(20, n / 20) are validation examples, those with the lowest hashes. The chats of a question stay together; only
+if all of them would be too many is the last question divided.
 
 Read next: examples.py (the examples), prepare_text.py, prepare_chats.py and prepare_prompts.py (write
 them to their splits).
