@@ -40,7 +40,6 @@ from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import IGNORE_INDEX, token_log_probs
 from trainer.stage import Stage, find_source
-from trainer.train_state import check_not_finished
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}  # default of --beta
 
@@ -128,7 +127,6 @@ def main() -> None:
         check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
-        check_not_finished(config, file.with_suffix(".pth"))
         reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size)
         pairs = {
             split.removeprefix("val_"): PreferenceDataset(folder, split, tokenizer.pad_id, log_probs)

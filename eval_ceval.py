@@ -105,7 +105,12 @@ def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
     }
     print(chat_model.summary())
     subjects = f"{len(exam.items):,} questions of {len(exam.subjects)} subjects"
-    print(f"{subjects}, {prompt_config.name}, as {metadata['style']}", flush=True)
+    print(
+        f"{subjects}, {prompt_config.name}, as {metadata['style']}",
+        *exam_report.note_lines(metadata),
+        sep="\n",
+        flush=True,
+    )
     folder = Path(
         config.out_dir, "ceval", "_".join((chat_model.name, metadata["exam"], exam.split, prompt_config.name))
     )

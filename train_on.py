@@ -29,7 +29,6 @@ from common.flag_groups import RunFlags
 from common.flag_types import max_steps, non_empty_text, path_string
 from common.locks import lock_output
 from common.steps import PROJECT_FOLDER, python_command, run_command
-from corpus.dataset_meta import read_meta
 from corpus.job_state import input_fingerprints
 from evaluation.own_files import (
     context_of,
@@ -37,6 +36,7 @@ from evaluation.own_files import (
     find_base,
     held_out_questions,
     long_fraction,
+    meta_of,
     sort_files,
     stage_of,
     tokenizer_folder,
@@ -171,7 +171,7 @@ def prepare(run: OwnRun, kind: str, files: list[str], tokenizer: Path) -> Path |
 
 def size_of(folder: Path, kind: str) -> int:
     """Training tokens of texts, training rows of chats and pairs."""
-    meta = read_meta(folder)
+    meta = meta_of(folder)
     count = int(meta["splits"]["train"]["tokens"] if kind == "text" else meta["rows"]["train"])
     if count < FEW[kind]:
         unit = "tokens" if kind == "text" else KINDS[kind][1]
@@ -191,8 +191,9 @@ def train_on_text(run: OwnRun, data: Path, tokenizer: Path) -> Path:
         return run.base
     flags = ["--tokenizer", tokenizer, "--epochs", 2, "--learning_rate", 2e-3]
     model = run.train("pretrain", parent, data, "Continue pretraining on your texts", *flags)
-    chats = next((Path(entry["data"]) for entry in facts_of(run.base)["lineage"] if entry["stage"] == "full_sft"), None)
-    if chats is None or not (chats / "train.jsonl").is_file():
+    lineage = facts_of(run.base)["lineage"]
+    chats = Path(next((entry.get("data", "") for entry in lineage if entry["stage"] == "full_sft"), ""))
+    if not (chats / "train.jsonl").is_file():
         print("note: this model continues texts; it answers after a training on chats")
         return model
     title = "Fine-tune on the chats of the base, so that the model answers again"

@@ -60,6 +60,7 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags, RunFlags):
         "", "address of a model that scores the answers, as http://localhost:8000/v1", type=non_empty_text, **_REPORT
     )
     judge_model: str = flag("", "the model's name on that server", type=non_empty_text, **_REPORT)
+    lang: str = flag("auto", "language of the terminal chat (auto: that of $LANG)", choices=("auto", "zh", "en"))
     json: str = flag("", "write the answers (and scores) to this file", type=path_string, metavar="OUT")
 
     def check(self) -> None:

@@ -10,9 +10,10 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from corpus.dataset_meta import read_meta
+from corpus.dataset_meta import read_checked_meta
 from corpus.input_files import expand_inputs
 from corpus.layouts import parse_keys
 from corpus.readers import read_contents
@@ -81,9 +82,17 @@ def tokenizer_folder(base: Path, out: Path) -> Path:
     return out / "tokenizer"
 
 
+def meta_of(folder: Path) -> dict[str, Any]:
+    """The meta.json of a prepared folder. Raises UserError if it is missing or damaged."""
+    meta = read_checked_meta(folder)
+    if meta is None:
+        raise UserError(f"{folder} has no meta.json: delete it and run the same command again")
+    return meta
+
+
 def long_fraction(folder: Path, context: int) -> float:
     """The fraction of the prepared chats with more tokens than `context`, by the bins of the length histogram."""
-    lengths = read_meta(folder / read_meta(folder)["tokens"])["report"]["lengths"]
+    lengths = meta_of(folder)["report"]["lengths"]
     limits = [int(label.removeprefix("<= ")) if label != "more" else context + 1 for label in lengths]
     longer = sum(count for limit, count in zip(limits, lengths.values(), strict=True) if limit > context)
     return longer / max(1, sum(lengths.values()))

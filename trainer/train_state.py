@@ -38,6 +38,14 @@ ROW_ORDER = "permutation"  # of rows of equal length; earlier versions had anoth
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
+# Settings that do not change the result of a run.
+FREE_SETTINGS = frozenset(
+    ("data_path", "init_from", "out_root", "run_name", "resume", "save_interval", "max_minutes", "device", "compile",
+     "checkpoint_activations", "parallel", "dist_timeout", "num_workers", "local_rank", "log_interval", "eval_interval",
+     "eval_tokens", "use_wandb", "wandb_project", "wandb_run_name", "tokenizer", "peft_dir")
+)  # fmt: skip
+
+
 @dataclass
 class TrainState:
     """The progress of a run. A resumed run must have the same `rows_per_step` and `identity`."""
@@ -157,20 +165,6 @@ def resolve_global_batch_size(config: TrainConfig, path: Path, dist: DistContext
     return rows
 
 
-def check_not_finished(config: TrainConfig, path: Path) -> None:
-    """Raise UserError if the run would replace the finished model at `path`, and --resume never does not ask for it."""
-    if config.resume == "never" or not path.exists() or resume_path(path).exists():
-        return
-    try:
-        last = read_checkpoint(path, weights=False)["lineage"][-1]
-        facts = f" ({last['steps']:,} steps on {last['data']})"
-    except (UserError, LookupError, TypeError, ValueError):
-        facts = ""
-    raise UserError(
-        f"{path} is a finished run{facts}: --run_name NAME trains another one beside it, --resume never replaces it"
-    )
-
-
 def micro_batch_size(config: TrainConfig, rows_per_step: int, world_size: int) -> int:
     """Return the rows of a micro-batch: at most --batch_size, and as few micro-batches per step as possible."""
     rows = rows_per_step // world_size
@@ -194,6 +188,31 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         **({"--minutes": stage.plan["minutes"], "plan": dict(stage.plan)} if stage.plan else {}),
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
+
+
+def run_digest(config: TrainConfig, identity: dict[str, Any]) -> str:
+    """16 hex digits of all settings that change the result of a run: the same digest gives the same weights.
+
+    identity: that of run_fingerprint.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+    content = json.dumps([settings, identity], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def check_not_finished(config: TrainConfig, stage: Stage, path: Path) -> None:
+    """Raise UserError if the run would replace the finished model of another run and --resume never is not given."""
+    if config.resume == "never" or not path.exists() or resume_path(path).exists():
+        return
+    facts = ""
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
+        last = read_checkpoint(path, weights=False)["lineage"][-1]
+        if last.get("run") == run_digest(config, run_fingerprint(config, stage)):
+            return
+        facts = f" ({last['steps']:,} steps on {last['data']})"
+    raise UserError(
+        f"{path} is a finished run{facts}: --run_name NAME trains another one beside it, --resume never replaces it"
+    )
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

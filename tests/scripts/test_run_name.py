@@ -14,7 +14,6 @@ from tests.helpers import (
     one_line_error,
     run_script,
     tiny_model,
-    write_rows,
 )
 
 FLAGS = [*EXACT_FLAGS, "--batch_size", "4", "--max_steps", "2", "--eval_tokens", "256"]
@@ -72,15 +71,16 @@ def test_a_finished_run_is_not_replaced_unless_asked(run, out, chats, tmp_path, 
     assert (out / "full_sft_32.pth").read_bytes() != before
 
 
-def test_a_dpo_run_is_refused_before_its_reference_is_computed(run, out, process, tmp_path, capsys):
-    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
-    pairs = process("dpo", write_rows(tmp_path / "pairs.jsonl", rows))
+def test_the_same_command_may_train_again(run, out):
+    """Its result is the same, so nothing is lost: a script that was killed after its last save can be repeated."""
     run("3-full_sft.py")
-    run("5-dpo_train.py", "--data_path", pairs)
-    (out / "dpo_32.reference").unlink()
-    with one_line_error("dpo_32.pth is a finished run"):
-        run("5-dpo_train.py", "--data_path", pairs)
-    assert not (out / "dpo_32.reference").exists()
+    before = load_weights(out / "full_sft_32.pth")
+    run("3-full_sft.py", "--log_interval", "2")
+    after = load_weights(out / "full_sft_32.pth")
+    assert all((before[name] == after[name]).all() for name in before)
+    for changed in (["--learning_rate", "3e-4"], ["--max_steps", "3"], ["--weight_decay", "0"]):
+        with one_line_error("is a finished run"):
+            run("3-full_sft.py", *changed)
 
 
 def test_a_run_stopped_by_its_time_limit_is_continued(run, out, capsys):
