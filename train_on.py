@@ -32,11 +32,11 @@ from common.steps import PROJECT_FOLDER, python_command, run_command
 from corpus.job_state import input_fingerprints
 from evaluation.own_files import (
     context_of,
-    facts_of,
     find_base,
     held_out_questions,
     long_fraction,
     meta_of,
+    open_facts,
     sort_files,
     stage_of,
     tokenizer_folder,
@@ -44,7 +44,7 @@ from evaluation.own_files import (
 from model.checkpoint import STAGE_SCRIPTS, find_checkpoint, list_checkpoints
 from model.config import ModelConfig
 
-KINDS = {"text": ("pretrain", "texts"), "chat": ("sft", "chats"), "pair": ("dpo", "pairs")}
+FILE_KINDS = {"text": ("pretrain", "texts"), "chat": ("sft", "chats"), "pair": ("dpo", "pairs")}
 SFT_CHATS = 2000  # with fewer chats LoRA is recommended: SFT forgets more of what the base knows (LOG.md)
 STEPS, BATCH = 500, 16  # a training of few chats repeats them for about this many steps of so many chats
 MAX_EPOCHS = {"lora": 20, "sft": 3}
@@ -117,7 +117,7 @@ class OwnRun:
 
     def train(self, stage: str, parent: Path, data: Path, title: str, *flags: Any, folder: str = "") -> Path:
         """Run a training script on a prepared folder; returns its model, in out/NAME or a folder in it."""
-        model = self.out / folder / f"{stage}_{ModelConfig(**facts_of(parent)['config']).name}.pth"
+        model = self.out / folder / f"{stage}_{ModelConfig(**open_facts(parent)['config']).name}.pth"
         place = ["--out_dir", self.out.parent, "--run_name", self.out.name]
         place = ["--out_dir", self.out, "--run_name", folder] if folder else place
         limit = ["--max_steps", self.config.max_steps] if self.config.max_steps else []
@@ -153,7 +153,7 @@ def open_record(out: Path, inputs: list[Any]) -> dict[str, Any]:
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def prepare(run: OwnRun, kind: str, files: list[str], tokenizer: Path) -> Path | None:
     """Check the files, ask, and tokenize them; returns the prepared folder, None if the answer is no."""
-    command, plural = KINDS[kind]
+    command, plural = FILE_KINDS[kind]
     flags: list[Any] = ["--tokenizer", tokenizer]
     flags += [] if kind == "text" else ["--max_seq_len", max(CHAT_TOKENS, context_of(run.base))]
     flags += ["--keys", run.config.keys] if run.config.keys else []
@@ -174,7 +174,7 @@ def size_of(folder: Path, kind: str) -> int:
     meta = meta_of(folder)
     count = int(meta["splits"]["train"]["tokens"] if kind == "text" else meta["rows"]["train"])
     if count < FEW[kind]:
-        unit = "tokens" if kind == "text" else KINDS[kind][1]
+        unit = "tokens" if kind == "text" else FILE_KINDS[kind][1]
         print(f"note: {count:,} {unit} are few: the model will learn their wording by heart rather than what they say")
     return count
 
@@ -191,7 +191,7 @@ def train_on_text(run: OwnRun, data: Path, tokenizer: Path) -> Path:
         return run.base
     flags = ["--tokenizer", tokenizer, "--epochs", 2, "--learning_rate", 2e-3]
     model = run.train("pretrain", parent, data, "Continue pretraining on your texts", *flags)
-    lineage = facts_of(run.base)["lineage"]
+    lineage = open_facts(run.base)["lineage"]
     chats = Path(next((entry.get("data", "") for entry in lineage if entry["stage"] == "full_sft"), ""))
     if not (chats / "train.jsonl").is_file():
         print("note: this model continues texts; it answers after a training on chats")
@@ -233,7 +233,7 @@ def train_on_pairs(run: OwnRun, parent: Path, data: Path) -> Path:
     return run.train("dpo", parent, data, "DPO on your pairs", "--epochs", 1)
 
 
-def compare(run: OwnRun, model: Path, chats: Path | None) -> None:
+def compare_with_base(run: OwnRun, model: Path, chats: Path | None) -> None:
     """Compare the model with the base on held-out chats: loss, and answers side by side."""
     questions = held_out_questions(chats, run.base, SHOWN_QUESTIONS) if chats else []
     flags: list[Any] = []
@@ -275,12 +275,12 @@ def main() -> None:
 
 def train_all(run: OwnRun, files: dict[str, list[str]]) -> Path:
     """Prepare and train on all kinds of files; returns the last model."""
-    counts = ", ".join(f"{len(paths)} with {KINDS[kind][1]}" for kind, paths in files.items())
+    counts = ", ".join(f"{len(paths)} with {FILE_KINDS[kind][1]}" for kind, paths in files.items())
     print(f"files: {counts}\nbase: {run.base} ({stage_of(run.base)})")
     if not run.choices.ask("base", "Start from this base?"):
         raise UserError("name another one with --base FILE")
     tokenizer, model = tokenizer_folder(run.base, run.out), run.base
-    folders = {kind: prepare(run, kind, files[kind], tokenizer) for kind in KINDS if kind in files}
+    folders = {kind: prepare(run, kind, files[kind], tokenizer) for kind in FILE_KINDS if kind in files}
     if text := folders.get("text"):
         model = train_on_text(run, text, tokenizer)
     chats = folders.get("chat")
@@ -289,7 +289,7 @@ def train_all(run: OwnRun, files: dict[str, list[str]]) -> Path:
     if pairs := folders.get("pair"):
         model = train_on_pairs(run, model, pairs)
     if model != run.base:
-        compare(run, model, chats)
+        compare_with_base(run, model, chats)
     return model
 
 

@@ -4,13 +4,11 @@ Imports no torch.
 Read next: cli.py, device.py (resolves "auto").
 """
 
-import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Config, flag
-from common.flag_types import DTYPE_NAMES, device_name, path_string
+from common.flag_types import DTYPE_NAMES, device_name, folder_name, path_string
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,6 @@ class InferenceFlags(DeviceFlags):
         "none", "int8: round the weights to 8 bits after loading; a CPU decodes faster",
         choices=("none", "int8"), group="machine",
     )  # fmt: skip
-
-
-def folder_name(text: str) -> str:
-    """argparse type: the name of one folder: letters, digits, ".", "_" and "-"."""
-    if not re.fullmatch(r"\w[\w.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a name of letters, digits, '.', '_' and '-'")
-    return text
 
 
 @dataclass(frozen=True)

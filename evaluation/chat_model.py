@@ -23,7 +23,7 @@ from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError
 from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint, models_folder
+from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint, trained_stages
 from model.completion import Completion
 from model.decode import DecodeModel, round_to_int8
 from model.generate import chat_prompt, generate, stream
@@ -32,6 +32,21 @@ from model.rope_flags import RopeScaling
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
+
+
+def models_folder(out_dir: str) -> Path:
+    """`out_dir`; if it has no checkpoint, its only subfolder with checkpoints, as out/demo.
+
+    Raises UserError if several subfolders have some.
+    """
+    folder = Path(out_dir)
+    if trained_stages(folder):
+        return folder
+    runs = sorted({path.parent for stage in PARENT_STAGES for path in folder.glob(f"*/{stage}_[0-9]*.pth")})
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise UserError(f"no model in {folder}, but in its folders {names}: choose one, as --run_name {runs[0].name}")
+    return runs[0] if runs else folder
 
 
 def find_model(out_dir: str, checkpoint: str = "", stage: str = "") -> Path:

@@ -58,23 +58,23 @@ def find_base(out_dir: str, given: str = "") -> Path:
     )
 
 
-def facts_of(path: Path) -> Checkpoint:
+def open_facts(path: Path) -> Checkpoint:
     """The checkpoint; its weights are not to be used."""
     return read_checkpoint(path, weights=False)
 
 
 def stage_of(path: Path) -> str:
-    return str(facts_of(path)["stage"])
+    return str(open_facts(path)["stage"])
 
 
 def context_of(path: Path) -> int:
     """Tokens of the context of a model."""
-    return int(facts_of(path)["config"]["max_seq_len"])
+    return int(open_facts(path)["config"]["max_seq_len"])
 
 
 def tokenizer_folder(base: Path, out: Path) -> Path:
     """A folder with the tokenizer of the base: beside it, model/tokenizer, or written to `out`."""
-    tokenizer = load_carried_tokenizer(facts_of(base), base)
+    tokenizer = load_carried_tokenizer(open_facts(base), base)
     for folder in (base.parent / "tokenizer", Path("model/tokenizer")):
         if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).fingerprint == tokenizer.fingerprint:
             return folder
@@ -100,7 +100,7 @@ def long_fraction(folder: Path, context: int) -> float:
 
 def held_out_questions(folder: Path, base: Path, count: int) -> list[str]:
     """The first questions of the validation chats that are one line and fill at most half of the base's context."""
-    tokenizer, limit = load_carried_tokenizer(facts_of(base), base), context_of(base) // 2
+    tokenizer, limit = load_carried_tokenizer(open_facts(base), base), context_of(base) // 2
     rows = (json.loads(line) for line in (folder / "val.jsonl").read_text(encoding="utf-8").splitlines())
     texts = (message["content"] for row in rows for message in row["messages"][:2] if message["role"] == "user")
     fitting = (text for text in texts if text and "\n" not in text and len(tokenizer.encode(text)) <= limit)

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_text
 from corpus.language import detect_language
 from evaluation.bits_per_byte import bits_per_byte, read_chats_by_language, read_named_texts, sft_loss
-from evaluation.chat_model import ChatModel, open_chat_model
+from evaluation.chat_model import ChatModel, models_folder, open_chat_model
 from evaluation.eval_config import EvalConfig
 from evaluation.judge import judge_answers
 from evaluation.judge_client import ChatClient
@@ -33,7 +33,7 @@ from evaluation.qa_data import system_messages
 from evaluation.remote_model import RemoteModel, is_address, parse_address
 from evaluation.report_markdown import ReportData, format_report
 from model.chat_template import Message
-from model.checkpoint import find_checkpoint, models_folder, read_checkpoint, trained_stages
+from model.checkpoint import find_checkpoint, read_checkpoint, trained_stages
 from model.completion import Completion
 from model.repetition import repetition_stats
 from model.sampling import SamplingParams
@@ -104,7 +104,7 @@ def select_models(given: Sequence[str], out_dir: str) -> dict[str, Path | str]:
 
     Without entries, every stage in `out_dir`. Raises UserError for invalid or repeated entries.
     """
-    folder = out_dir if given else models_folder(out_dir)
+    folder = "" if given else models_folder(out_dir)
     given = given or [str(find_checkpoint(folder, stage)) for stage in trained_stages(folder) or ["pretrain"]]
     paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):

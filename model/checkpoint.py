@@ -315,21 +315,6 @@ def trained_stages(out_dir: str | os.PathLike[str]) -> list[str]:
     return [stage for stage in PARENT_STAGES if list_checkpoints(out_dir, stage)]
 
 
-def models_folder(out_dir: str | os.PathLike[str]) -> Path:
-    """`out_dir`; if it has no checkpoint, its only subfolder with checkpoints, as out/demo.
-
-    Raises UserError if several subfolders have some.
-    """
-    folder = Path(out_dir)
-    if trained_stages(folder):
-        return folder
-    runs = sorted({path.parent for stage in PARENT_STAGES for path in folder.glob(f"*/{stage}_[0-9]*.pth")})
-    if len(runs) > 1:
-        names = ", ".join(run.name for run in runs)
-        raise UserError(f"no model in {folder}, but in its folders {names}: choose one, as --run_name {runs[0].name}")
-    return runs[0] if runs else folder
-
-
 def latest_checkpoint(out_dir: str | os.PathLike[str]) -> Path:
     """The checkpoint of the last stage that has one. Raises UserError if that stage has several, or none has one."""
     return find_checkpoint(out_dir, (trained_stages(out_dir) or ["pretrain"])[-1])

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 
 from common.cli import Config, NameList, flag, overrides
 from common.errors import UserError
-from common.flag_groups import RunFlags, folder_name
+from common.flag_groups import RunFlags
 from common.flag_types import (
     DTYPE_NAMES,
     NumberType,
     device_name,
     epochs,
+    folder_name,
     fraction,
     fraction_below_one,
     int_at_least,

@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from common.errors import UserError
-from evaluation.chat_model import find_model, open_chat_model
-from model.checkpoint import models_folder, read_checkpoint, save_model
+from evaluation.chat_model import find_model, models_folder, open_chat_model
+from model.checkpoint import read_checkpoint, save_model
 from tests.helpers import (
     EXACT_FLAGS,
     IGNORE_TOKEN_FOLDERS,
