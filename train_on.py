@@ -278,8 +278,8 @@ def train_all(run: OwnRun, files: dict[str, list[str]]) -> Path:
     counts = ", ".join(f"{len(paths)} with {FILE_KINDS[kind][1]}" for kind, paths in files.items())
     print(f"files: {counts}\nbase: {run.base} ({stage_of(run.base)})")
     if run.base.parent.name == "demo":
-        print("note: the demo's model knows only the small world of the demo, and its tokenizer the words of that world. "
-              "For other subjects train a base on more text first, as README.md describes")  # fmt: skip
+        print("note: the demo's model knows only the small world of the demo, and its tokenizer only those words. For "
+              "other subjects train a base on more text first, as README.md describes")  # fmt: skip
     if not run.choices.ask("base", "Start from this base?"):
         raise UserError("name another one with --base FILE")
     tokenizer, model = tokenizer_folder(run.base, run.out), run.base
