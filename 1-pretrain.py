@@ -101,6 +101,7 @@ def main() -> None:
         seq_len = model.config.max_seq_len
         data = {split.removeprefix("val_"): PackedDataset(config.data_path, split, seq_len) for split in splits}
         stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage, plan=plan)
+        stage.source = config.init_from
         if config.tokens_per_param:
             rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
             max_steps = config.steps_for_tokens(model.config, rows)

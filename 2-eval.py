@@ -73,7 +73,7 @@ def start_chat(
     choice = config.sampling_preset if chat_model.is_chat_model else "none"
     name, preset = find_preset(choice, chat_model.tokenizer.format)
     settings, given = config.settings(preset, chat_model.stop_strings), config.explicit_settings
-    chat = TerminalChat(chat_model, settings, config.system, history, options)
+    chat = TerminalChat(chat_model, settings, config.system, history, options, config.lang)
     print(chat_model.summary(), flush=True)
     if used := {key: value for key, value in preset.items() if key not in given and getattr(settings, key) == value}:
         print(f"sampling: {name} preset: {format_settings(used)} (--sampling_preset none turns it off)", flush=True)

@@ -28,13 +28,12 @@ from common.files import check_writable
 from common.flag_types import parse_fractions, path_string
 from export.hf_import import open_model
 from model.chat_template import CHAT_FORMATS
-from model.checkpoint import find_parent
 from trainer.chat_data import open_chat_data
 from trainer.config import RECIPES, TrainConfig, length_flag
 from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import cross_entropy_sum
-from trainer.stage import Stage
+from trainer.stage import Stage, find_source
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,15 @@ def compute_loss(model, batch):
 def main() -> None:
     config = parse(SFTConfig, __doc__, flag_files={"--recipe": {"belle": str(RECIPES / "belle-sft.args")}})
     check_writable(config.out_dir)
-    model, tokenizer, parent = open_model(config.init_from or find_parent(config.out_dir, "full_sft"))
+    source = find_source(config, "full_sft")
+    model, tokenizer, parent = open_model(source)
     tokenizer = tokenizer.with_chat_format(config.chat_format)
     max_seq_len = config.max_seq_len or model.config.max_seq_len
     if max_seq_len > model.config.max_seq_len:  # no weight depends on it
         model.set_rope(dataclasses.replace(model.config, max_seq_len=max_seq_len))
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         data, validation = open_chat_data(config.data_path, max_seq_len, tokenizer, dist)
-        stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
+        stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"], source=source)
         dist.print0(f"chat format {tokenizer.chat_format.name}")
         if config.data_fractions:
             from evaluation.data_scaling import run_data_scaling

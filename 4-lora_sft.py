@@ -27,14 +27,14 @@ from common.files import check_writable
 from common.flag_types import NumberType, fraction_below_one, int_between, path_string
 from export.hf_import import open_folder, open_model
 from export.peft_adapter import peft_settings, read_peft, write_peft
-from model.checkpoint import find_parent, record_parent
+from model.checkpoint import record_parent
 from model.lora import LoRAConfig, adapter_summary, attach
 from trainer.chat_data import open_chat_data
 from trainer.config import TrainConfig, length_flag
 from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import cross_entropy_sum
-from trainer.stage import Stage
+from trainer.stage import Stage, find_source
 
 ALPHA = NumberType(float, "a number above 0 and at most 1e6", lambda alpha: 0 < alpha <= 1e6)
 
@@ -96,7 +96,7 @@ def main() -> None:
     config = parse(LoRASFTConfig, __doc__)
     for folder in filter(None, (config.out_dir, config.peft_dir)):
         check_writable(folder)
-    source = config.init_from or find_parent(config.out_dir, "lora_sft")
+    source = find_source(config, "lora_sft")
     model, tokenizer, parent = open_model(source)
     if config.init_adapter:
         read_peft(config.init_adapter, model)
@@ -107,7 +107,7 @@ def main() -> None:
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         data, validation = open_chat_data(config.data_path, max_seq_len, tokenizer, dist)
-        stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
+        stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"], source=source)
         record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
         dist.print0(adapter_summary(model))
         path = train(config, stage, dist)

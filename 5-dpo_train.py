@@ -32,7 +32,6 @@ from common.errors import fail_in_one_line
 from common.files import check_writable
 from common.flag_types import non_negative_float, positive_float
 from export.hf_import import open_model
-from model.checkpoint import find_parent
 from trainer import dpo
 from trainer.chat_data import tokenized_folder
 from trainer.config import TrainConfig, length_flag
@@ -40,7 +39,7 @@ from trainer.datasets import PreferenceDataset, check_data
 from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import IGNORE_INDEX, token_log_probs
-from trainer.stage import Stage
+from trainer.stage import Stage, find_source
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}  # default of --beta
 
@@ -119,7 +118,8 @@ def compute_loss(model, batch, config):
 def main() -> None:
     config = parse(DPOConfig, __doc__)
     check_writable(config.out_dir)
-    model, tokenizer, parent = open_model(config.init_from or find_parent(config.out_dir, "dpo"))
+    source = find_source(config, "dpo")
+    model, tokenizer, parent = open_model(source)
     model = dpo.without_dropout(model)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
@@ -133,7 +133,7 @@ def main() -> None:
             for split, log_probs in reference.items()
         }
         data, loss = pairs.pop("train"), functools.partial(compute_loss, config=config)
-        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair")
+        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair", source=source)
         first_loss = {"dpo": math.log(2), "ipo": 1 / (4 * config.beta**2)}.get(config.loss)
         stage.early_stop = dpo.chosen_drop_stop(config.max_chosen_drop, first_loss, file, dist)
         stage.final_metrics = dpo.measure_repetition(dist, model, tokenizer, pairs)

@@ -27,7 +27,7 @@ from common.errors import fail_in_one_line
 from common.files import check_writable
 from evaluation.tools import find_tools, run_tool
 from export.hf_import import open_folder, open_model
-from model.checkpoint import find_parent, record_parent
+from model.checkpoint import record_parent
 from model.lora import LoRAConfig, attach
 from trainer import grpo
 from trainer.checkpoint_writer import with_run_lock
@@ -38,7 +38,7 @@ from trainer.loop import train_step
 from trainer.loss import token_log_probs
 from trainer.rollout import Tools, open_prompts
 from trainer.run import Run
-from trainer.stage import Stage
+from trainer.stage import Stage, find_source
 
 
 def group_advantages(rewards, loss):
@@ -97,7 +97,7 @@ def train_on_rewards(config, stage, dist, rollouts):
 def main() -> None:
     config = parse(GRPOConfig, __doc__)
     check_writable(config.out_dir)
-    source = config.init_from or find_parent(config.out_dir, "grpo")
+    source = find_source(config, "grpo")
     model, tokenizer, parent = open_model(source)
     model, reference = without_dropout(model), copy.deepcopy(model)
     if config.lora_rank:
@@ -108,7 +108,9 @@ def main() -> None:
         tools = Tools(schemas, functools.partial(run_tool, tools=known), rounds)
         prompts = open_prompts(config, tokenizer, tools, model.config.max_seq_len)
         loss, data = functools.partial(compute_loss, config=config), prompts.pop("train")
-        stage = Stage("grpo", model.to(dist.device), tokenizer, loss, data, prompts, parent["lineage"], "answer")
+        stage = Stage(
+            "grpo", model.to(dist.device), tokenizer, loss, data, prompts, parent["lineage"], "answer", source=source
+        )
         stage.early_stop = grpo.collapse_stop(config)
         if config.lora_rank:
             record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)

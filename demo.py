@@ -23,28 +23,25 @@ models, logs, curves, report.json.
 Read next: README.md (the same steps on real text), 1-pretrain.py.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common import flag_types
 from common.cli import Config, flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import lock_output
-from common.signals import Terminated
+from common.steps import ENVIRONMENT, PROJECT_FOLDER, python_command, read_step_record, run_command
 from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, print_report
 from demo_world.rl_report import make_rl_report, print_rl_report
 from demo_world.rl_steps import DemoStep, rl_steps
 from demo_world.timing import Estimate, minutes_text
 from model.config import PRESETS
 
-PROJECT_FOLDER = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
 FLAGS = {
     "world": "--statement_rounds 48 --chat_rounds 7",
@@ -53,9 +50,6 @@ FLAGS = {
     "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
 }
 FAST_MINUTES = {"pretrain": 1.5, "full_sft": 0.5, "lora_sft": 0.25, "dpo": 0.25}
-# Threads of GNU OpenMP then wait actively for microseconds instead of milliseconds: beside other work trainings are two
-# to three times as fast, on quiet cores as fast as before (LOG.md). A variable that the user has set is kept.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -160,7 +154,7 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
             print(f"{title}: already complete", flush=True)
             continue
         print(title + (f" ({minutes_text(estimate.seconds_left())} to go)" if estimate else ""), flush=True)
-        seconds = run_command(step.command)
+        seconds = run_command(step.command, step.results)
         if estimate:
             estimate.finish(step.name, seconds)
         record[step.name] = {"command": with_recipe(step.command), "seconds": round(seconds, 1)}
@@ -177,43 +171,6 @@ def measure_slowdown() -> float:
     if done.returncode:  # it has printed the reason
         sys.exit(done.returncode)
     return float(done.stdout)
-
-
-def read_step_record(path: Path) -> dict[str, Any]:
-    """step -> {"command", "seconds"} of the completed steps. Damaged entries are dropped."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    entries = record.items() if isinstance(record, dict) else ()
-    return {name: e for name, e in entries if isinstance(e, dict) and type(e.get("seconds")) in (int, float)}
-
-
-def run_command(command: list[str]) -> float:
-    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails."""
-    print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
-    started, interrupted = time.perf_counter(), None
-    variables = ENVIRONMENT | dict(os.environ)
-    child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER, env=variables)  # our scripts  # nosec B603
-    while True:
-        try:
-            code = child.wait()
-            break
-        except KeyboardInterrupt as stop:  # the child got Ctrl-C too: wait until it has saved
-            interrupted = stop
-            if isinstance(stop, Terminated):
-                child.terminate()
-    if interrupted:
-        raise interrupted
-    if code:  # the script has printed the reason
-        sys.exit(code if code > 0 else 128 - code)
-    return time.perf_counter() - started
-
-
-def python_command() -> str:
-    """The command that starts this Python from the project's folder: `make demo` uses one in .venv."""
-    here = Path(sys.executable)
-    return str(here.relative_to(PROJECT_FOLDER)) if here.is_relative_to(PROJECT_FOLDER) else "python"
 
 
 def main() -> None:

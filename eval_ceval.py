@@ -14,7 +14,7 @@ Models of a few million parameters score near chance (25 %): compare intervals a
 Reads C-Eval's and CMMLU's layouts (evaluation/exam_data.py) and your own csv and jsonl files: columns question, A, B,
 C, D, answer, or 题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (evaluation/exam_table.py).
 Reads any out/*.pth (an adapter with its parent) or a transformers folder.
-Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv per subject, summary.csv, .md, .png.
+Writes out/ceval/<model>_<exam>_<split>_<method>…/: a csv per subject, summary.csv, .md, .png.
 Read next: evaluation/exam_prompts.py (the prompts), evaluation/exam_stats.py (the statistics).
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 from common import cli
 from common.cli import NameList, flag
 from common.errors import UserError, fail_in_one_line
-from common.flag_groups import InferenceFlags
+from common.flag_groups import InferenceFlags, RunFlags
 from common.flag_types import int_between, non_negative_int, path_string
 from evaluation import exam_report
 from evaluation.chat_model import find_model, open_chat_model
@@ -48,7 +48,7 @@ _PROMPTS: dict[str, Any] = {"group": "prompts"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExamConfig(InferenceFlags, RopeFlags):
+class ExamConfig(InferenceFlags, RopeFlags, RunFlags):
     """The exam, the model, and the prompts."""
 
     data: tuple[str, ...] = flag(
@@ -67,7 +67,6 @@ class ExamConfig(InferenceFlags, RopeFlags):
     )  # fmt: skip
     style: str = flag("auto", "auto: chat for models of a chat stage", choices=("auto", "chat", "plain"), **_PROMPTS)
     prompt: bool = flag(False, "print the first prompt and save all prompts", **_PROMPTS)
-    out_dir: str = flag("out", "folder of the models and the results", type=path_string)
     json: str = flag("", "also write all scores to this file", type=path_string, metavar="FILE")
     batch_tokens: int = flag(
         0, "positions per forward pass (default: 1024 on a CPU, 16384 on a GPU; 1: one question)", type=non_negative_int
@@ -106,7 +105,12 @@ def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
     }
     print(chat_model.summary())
     subjects = f"{len(exam.items):,} questions of {len(exam.subjects)} subjects"
-    print(f"{subjects}, {prompt_config.name}, as {metadata['style']}", flush=True)
+    print(
+        f"{subjects}, {prompt_config.name}, as {metadata['style']}",
+        *exam_report.note_lines(metadata),
+        sep="\n",
+        flush=True,
+    )
     folder = Path(
         config.out_dir, "ceval", "_".join((chat_model.name, metadata["exam"], exam.split, prompt_config.name))
     )

@@ -157,7 +157,10 @@ def write_gguf_files(
 def write_model_card(folder: Path, config: ExportConfig, model: Transformer, facts: Facts, parent_name: str) -> None:
     """Write README.md and lineage.json."""
     files = sorted(path.name for path in folder.iterdir())
-    license, name = config.license or facts["license"] or "unknown", config.push_to_hub or model_name(facts)
+    license, name = (
+        config.license or facts["license"] or "unknown",
+        config.push_to_hub or f"./{config.folder.resolve().name}",
+    )
     card = model_card(facts, hf_architecture(model.config)[0], license, name, files, parent_name)
     write_text(folder / "README.md", card)
     write_text(folder / LINEAGE_FILE, facts_json({**facts, "license": license}))

@@ -133,6 +133,15 @@ def relative_path(text: str) -> str:
     return text
 
 
+def folder_name(text: str) -> str:
+    """argparse type: the name of one folder: letters, digits, ".", "_" and "-"."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text[:MAX_SHOWN_CHARACTERS]!r} is not a name of letters, digits, '.', '_' and '-'"
+        )
+    return text
+
+
 def non_empty_text(text: str) -> str:
     """argparse type: text that is not empty."""
     if not text.strip():

@@ -127,7 +127,7 @@ def tokenize_texts(documents: list[TextExample], tokenizer: ChatTokenizer, stats
     end_of_text = np.array([tokenizer.eos_id], np.uint32)
     tokens = [np.concatenate([*arrays, end_of_text]) for arrays in pieces]
     for document, array in zip(documents, tokens, strict=True):
-        stats.row_kept(document.language, len(document.text), len(array), len(document.text.encode()))
+        stats.row_kept(document.language, len(document.text), len(array), len(document.text.encode()), markers=1)
     return tokens
 
 

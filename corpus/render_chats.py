@@ -65,7 +65,8 @@ def _fit_chat(
     if len(samples) > 1:  # several samples repeat the first turns
         text = "".join(chat_text(messages[: sample.answers[-1] + 1]) for sample in samples)
     tokens = [len(sample.ids) for sample in samples]
-    stats.row_kept(example.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))
+    markers = sum(count_markers(tokenizer, sample.ids) for sample in samples)
+    stats.row_kept(example.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens), markers)
     return [(ids, mask, count_answer_bytes([messages[i] for i in answers])) for ids, mask, answers in samples]
 
 
@@ -102,3 +103,9 @@ def _count_fitting_answers(samples: list[RenderedSample], max_seq_len: int) -> i
 def count_answer_bytes(messages: list[Message]) -> int:
     """UTF-8 bytes of the trained answers."""
     return sum(len(answer_text(message).encode()) for message in messages if is_trained(message))
+
+
+def count_markers(tokenizer: ChatTokenizer, ids: list[int]) -> int:
+    """The number of control tokens and of CHAT_MARKERS, which no characters of the text belong to."""
+    markers = tokenizer.special_ids | tokenizer.chat_marker_ids
+    return sum(index in markers for index in ids)

@@ -12,7 +12,13 @@ import itertools
 from corpus.answers import common_prefix_length
 from corpus.chats import Message, chat_text
 from corpus.examples import PairExample
-from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes, message_length
+from corpus.render_chats import (
+    MAX_TOKEN_CHARACTERS,
+    MaskedTokens,
+    count_answer_bytes,
+    count_markers,
+    message_length,
+)
 from corpus.stats import DataStats
 from model.tokenizer import ChatTokenizer
 
@@ -71,7 +77,8 @@ def _fit_pair(
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
     # The text of both documents, with the prompt twice.
     text = "".join(chat_text([*prompt, *answer]) for answer in example.answers)
-    stats.row_kept(example.language, len(text), tokens, len(text.encode()), trained, _max_length(documents))
+    markers, longest = sum(count_markers(tokenizer, ids) for ids, *_ in documents), _max_length(documents)
+    stats.row_kept(example.language, len(text), tokens, len(text.encode()), trained, longest, markers)
     return documents
 
 

@@ -180,18 +180,21 @@ class DataStats:
             self.notes.append(text)
 
     def row_kept(
-        self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
-    ) -> None:
+        self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0,
+        markers: int = 0,
+    ) -> None:  # fmt: skip
         """Count a document, chat or pair that is in the dataset, with its characters, tokens and UTF-8 bytes.
 
-        `longest`: tokens of its longest document, for the length histogram (default: `tokens`).
+        `longest`: tokens of its longest document, for the length histogram (default: `tokens`). `markers`: how many of
+        the tokens are markers, which no characters belong to.
         """
         self.kept += 1
         self.trained_tokens += trained_tokens
         self.text_bytes += utf8_bytes
-        counts = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
-        for name, amount in (("documents", 1), ("characters", characters), ("tokens", tokens), ("bytes", utf8_bytes)):
-            counts[name] += amount
+        counts = self.languages.setdefault(language, {})
+        amounts = {"documents": 1, "characters": characters, "tokens": tokens, "bytes": utf8_bytes, "markers": markers}
+        for name, amount in amounts.items():
+            counts[name] = counts.get(name, 0) + amount
         self.histogram[min(LENGTH_BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN_TOKENS).bit_length())] += 1
 
     # ---- limits ----
@@ -246,9 +249,9 @@ class DataStats:
         self.changed.merge(other.get("shortened", {}))
         self.unused.merge(other.get("unused", {}))
         for language, counts in other["languages"].items():
-            mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
+            mine = self.languages.setdefault(language, {})
             for name, amount in counts.items():
-                mine[name] += amount
+                mine[name] = mine.get(name, 0) + amount
         self.histogram = [a + b for a, b in zip(self.histogram, other["lengths"].values(), strict=True)]
         for text in other.get("notes", ()):
             self.add_note(text)

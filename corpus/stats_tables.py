@@ -41,7 +41,8 @@ def _print_languages(stats: DataStats) -> None:
     rows = []
     for language, counts in sorted(stats.languages.items(), reverse=True):
         cells = [f"{counts[name]:,}" for name in headers[1:4]]
-        fraction, ratio = counts["tokens"] / max(stats.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
+        text_tokens = counts["tokens"] - counts.get("markers", 0)
+        fraction, ratio = counts["tokens"] / max(stats.tokens, 1), counts["characters"] / max(text_tokens, 1)
         rows.append((language, *cells, f"{fraction:.1%}", f"{ratio:.2f}")[: len(headers)])
     print_table("languages", headers, rows)
 

@@ -4,8 +4,9 @@
 
 The split depends only on the content, not on the order of the files: a text is in the same split of every dataset. For
 chats the hashed content is the first question, so no question is in both splits. If more than 20 chats start with the
-same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples of
-a language, at least min(20, n / 20) are validation examples, those with the lowest hashes.
+same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples at
+least min(20, n / 20) are validation examples, those with the lowest hashes. The chats of a question stay together; only
+if all of them would be too many is the last question divided.
 
 Read next: examples.py (the examples), prepare_text.py, prepare_chats.py and prepare_prompts.py (write
 them to their splits).
@@ -17,7 +18,7 @@ from typing import TypeVar
 from corpus.examples import ChatExample, PairExample, PromptExample, TextExample
 from corpus.language import LANGUAGES
 
-MIN_VALIDATION_EXAMPLES = 20  # per language; below 400 examples, a twentieth of them
+MIN_VALIDATION_EXAMPLES = 20  # per language and of all; below 400 examples, a twentieth of them
 MAX_SAME_QUESTION = 20  # chats with the same first question that are split by it; later ones by the whole chat
 
 ExampleT = TypeVar("ExampleT", TextExample, ChatExample, PairExample, PromptExample)
@@ -57,8 +58,12 @@ class ValidationSplit:
     def held_back(self) -> Assigned:
         """(split, example) of the remaining candidates, after the last call of `assign`."""
         assigned: Assigned = []
+        wanted = {language: wanted_examples(each.num_examples) for language, each in self.candidates.items()}
+        largest = max(wanted, key=lambda language: self.candidates[language].num_examples)
+        total = sum(each.num_examples for each in self.candidates.values())
+        wanted[largest] += max(0, wanted_examples(total) - sum(wanted.values()))
         for language, candidates in self.candidates.items():
-            chosen = candidates.choose_validation()
+            chosen = candidates.choose_validation(wanted[language])
             assigned += [
                 (f"val_{language}" if id(example) in chosen else "train", example) for example in candidates.pop_all()
             ]
@@ -72,6 +77,11 @@ class ValidationSplit:
                 return example.content_hash
             self.question_counts[slot] += 1
         return example.split_hash
+
+
+def wanted_examples(count: int) -> int:
+    """The number of validation examples that `count` examples have at least."""
+    return min(MIN_VALIDATION_EXAMPLES, count // MIN_VALIDATION_EXAMPLES)
 
 
 class _Candidates:
@@ -98,14 +108,22 @@ class _Candidates:
         self.groups.clear()
         return examples
 
-    def choose_validation(self) -> set[int]:
-        """id() of the candidates that join the validation split: whole groups, lowest hash first."""
-        num_wanted = min(MIN_VALIDATION_EXAMPLES, self.num_examples // MIN_VALIDATION_EXAMPLES) - self.num_validation
+    def choose_validation(self, wanted: int) -> set[int]:
+        """id() of the candidates that join the validation split, until it has `wanted` examples.
+
+        Whole groups that fit, lowest hash first; then the smallest other group, or its part if it is larger than
+        `wanted`.
+        """
+        missing = wanted - self.num_validation
         chosen: set[int] = set()
+        others = []
         for _, group in sorted(self.groups.items()):
-            if len(chosen) + len(group) <= num_wanted:
+            if len(chosen) + len(group) <= missing:
                 chosen.update(map(id, group))
-        if num_wanted > 0 and not chosen:  # every group is too large: many chats start with the same question
-            group = min(self.groups.values(), key=len, default=[])
-            chosen.update(map(id, sorted(group, key=lambda example: example.content_hash)[:num_wanted]))
+            else:
+                others.append(group)
+        if len(chosen) < missing and others:
+            group = min(others, key=len)
+            size = len(group) if len(group) <= wanted else missing - len(chosen)
+            chosen.update(map(id, sorted(group, key=lambda example: example.content_hash)[:size]))
         return chosen

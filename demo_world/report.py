@@ -68,6 +68,21 @@ def summarize_log(path: Path) -> dict[str, Any]:
     }
 
 
+def stages_cut_short(out: Path, dim: int, stages: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Training stage -> why it ended before its last step. A time limit keeps the resume folder of a run."""
+    from model.checkpoint import read_checkpoint
+
+    found = {}
+    for stage, log in stages.items():
+        path = out / f"{stage}_{dim}.pth"
+        last = (read_checkpoint(path, weights=False)["lineage"] or [{}])[-1]
+        if path.with_suffix(".resume").is_dir():
+            found[stage] = f"a time limit, after {log['steps']:,} steps"
+        elif reason := last.get("stopped"):
+            found[stage] = f"{reason} (after {log['steps']:,} steps)"
+    return found
+
+
 def make_report(out: Path, dim: int, seconds: dict[str, float], seed: int) -> dict[str, Any]:
     """The content of report.json. `seconds`: step -> seconds. Raises UserError for a damaged result."""
     from model.checkpoint import load_model  # imports torch, which the process that starts the steps does not need
@@ -89,6 +104,7 @@ def make_report(out: Path, dim: int, seconds: dict[str, float], seed: int) -> di
         "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 1),
         "stages": stages,
+        "cut_short": stages_cut_short(out, dim, stages),
         "bits_per_byte": {stage: log["bits_per_byte"] for stage, log in stages.items() if log["bits_per_byte"]},
         "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
         "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
@@ -127,6 +143,8 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"[bold]{sample['question']}[/]  {mark}", highlight=False)
         console.print(f"    {sample['answer']}", highlight=False, markup=False)
     console.rule("done")
+    for stage, reason in report["cut_short"].items():
+        console.print(f"{stage} was cut short: {reason}", highlight=False, markup=False)
     minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
     console.print(f"{millions:.1f} M parameters, trained from scratch; all steps took {minutes:.1f} minutes.")
 

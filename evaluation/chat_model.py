@@ -23,7 +23,7 @@ from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError
 from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint
+from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint, trained_stages
 from model.completion import Completion
 from model.decode import DecodeModel, round_to_int8
 from model.generate import chat_prompt, generate, stream
@@ -34,13 +34,32 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 
+def models_folder(out_dir: str) -> Path:
+    """`out_dir`; if it has no checkpoint, its only subfolder with checkpoints, as out/demo.
+
+    Raises UserError if several subfolders have some.
+    """
+    folder = Path(out_dir)
+    if trained_stages(folder):
+        return folder
+    runs = sorted({path.parent for stage in PARENT_STAGES for path in folder.glob(f"*/{stage}_[0-9]*.pth")})
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        raise UserError(f"no model in {folder}, but in its folders {names}: choose one, as --run_name {runs[0].name}")
+    return runs[0] if runs else folder
+
+
 def find_model(out_dir: str, checkpoint: str = "", stage: str = "") -> Path:
-    """The path of `checkpoint`, else the model of `stage` in `out_dir`, else of its latest stage. Raises UserError."""
+    """The path of `checkpoint`, else the model of `stage`, else of the latest stage, in `models_folder(out_dir)`.
+
+    Raises UserError if there is none, or more than one.
+    """
     if checkpoint:
         return Path(checkpoint)
     if stage and stage not in PARENT_STAGES:
         raise UserError(f"--stage {stage}: unknown stage; choose from {', '.join(PARENT_STAGES)}")
-    return find_checkpoint(out_dir, stage) if stage else latest_checkpoint(out_dir)
+    folder = models_folder(out_dir)
+    return find_checkpoint(folder, stage) if stage else latest_checkpoint(folder)
 
 
 @dataclass

@@ -72,7 +72,7 @@ def run_data_scaling(
         for fraction in fractions:
             load_state(stage.model, parent, "the parent")  # every fraction starts from the parent's weights
             subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, config.seed))
-            subset_config = dataclasses.replace(config, out_dir=str(folder / f"share_{fraction:g}"))
+            subset_config = dataclasses.replace(config, out_root=str(folder), run_name=f"share_{fraction:g}")
             row = train_and_score_subset(subset_config, subset_stage, dist, fraction, questions)
             if row is None:
                 dist.print0("the data study is incomplete: run again to resume")
@@ -106,6 +106,8 @@ def train_and_score_subset(
         if saved:
             config = dataclasses.replace(config, resume="never")
         saved = {"job": job}
+    if not resume_path(path).exists():  # a model without a saved result is trained again
+        config = dataclasses.replace(config, resume="never")
     if "row" in saved and path.is_file():
         dist.print0(f"{percent(fraction)}: already trained")
     else:

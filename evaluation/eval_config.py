@@ -8,13 +8,13 @@ from typing import Any
 
 from common.cli import flag
 from common.errors import UserError
-from common.flag_groups import InferenceFlags
+from common.flag_groups import InferenceFlags, RunFlags
 from common.flag_types import non_empty_text, non_negative_int, parse_bool, path_string, positive_int
 from evaluation.tools import TOOL_NAMES
 from model.rope_flags import RopeFlags
 from model.sampling_presets import SamplingFlags
 
-_MODEL: dict[str, Any] = {"group": "which model", "type": path_string}
+_MODEL: dict[str, Any] = {"group": "models", "type": path_string}
 _PROMPTS: dict[str, Any] = {"group": "prompts (default: a conversation)"}
 _FILE: dict[str, Any] = {**_PROMPTS, "exclusive": "prompts", "type": path_string, "metavar": "FILE"}
 _TOOLS: dict[str, Any] = {"group": "tools and thoughts"}
@@ -22,12 +22,11 @@ _REPORT: dict[str, Any] = {"group": "comparison of several models"}
 
 
 @dataclass(frozen=True)
-class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
+class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags, RunFlags):
     """Chat with a model, questions with keys, or a comparison of several models."""
 
     stage: str = flag("", "pretrain, full_sft, …: that stage's model (default: the latest)", **_MODEL)
     checkpoint: str = flag("", "a .pth file or a transformers folder, instead of --stage", **_MODEL)
-    out_dir: str = flag("out", "folder of the models", **_MODEL)
     prompt: str | None = flag(None, "one prompt", exclusive="prompts", **_PROMPTS)
     prompts: str = flag("", "text file, one prompt per line", **_FILE)
     questions: str = flag("", "jsonl file of questions with keys: greedy answers, prints the accuracy", **_FILE)
@@ -61,6 +60,7 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags):
         "", "address of a model that scores the answers, as http://localhost:8000/v1", type=non_empty_text, **_REPORT
     )
     judge_model: str = flag("", "the model's name on that server", type=non_empty_text, **_REPORT)
+    lang: str = flag("auto", "language of the terminal chat (auto: that of $LANG)", choices=("auto", "zh", "en"))
     json: str = flag("", "write the answers (and scores) to this file", type=path_string, metavar="OUT")
 
     def check(self) -> None:

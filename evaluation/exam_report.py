@@ -43,7 +43,7 @@ def print_exam_result(result: ExamResult, metadata: dict[str, Any]) -> None:
         table.add_row(*(f"[bold]{cell}[/]" for cell in _score_cells(category)), end_section=True)
     table.add_row(*(f"[bold]{cell}[/]" for cell in _score_cells(result.total)))
     console.print(table)
-    for line in (*baseline_lines(result), *note_lines(metadata), "", *interpretations(result)):
+    for line in (*baseline_lines(result), "", *interpretations(result)):
         console.print(line, highlight=False, markup=False)
 
 
@@ -167,11 +167,11 @@ def _markdown_summary(result: ExamResult, metadata: dict[str, Any]) -> str:
     setting = "{method}, {shots}-shot, {orders} order(s) of the options, {style}.".format(**metadata)
     groups = [(f"**{escape_inline(score.name)}**", score) for score in (result.total, *result.categories)]
     groups += [(escape_inline(score.name), score) for score in result.subjects]
-    notes = (*baseline_lines(result), *note_lines(metadata))
-    lines = [title, "", "\n\n".join(map(escape_inline, interpretations(result))), "", setting, ""]
+    lines = [title, "", *(f"{escape_inline(note)}.\n" for note in note_lines(metadata))]
+    lines += ["\n\n".join(map(escape_inline, interpretations(result))), "", setting, ""]
     lines += ["| | questions | correct | accuracy | 95 % confidence interval | p |", "|---|---|---|---|---|---|"]
     lines += [table_row(name, *_score_cells(score)[1:]) for name, score in groups]
-    return "\n".join([*lines, "", *(f"* {escape_inline(note)}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"* {escape_inline(note)}" for note in baseline_lines(result))]) + "\n"
 
 
 def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> Non
     axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="accuracy (%), with 95 % confidence interval")
     title = f"{Path(metadata['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({metadata['split']})"
     axes.set_title(title, fontsize=10)
-    axes.legend(loc="upper right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # below the axes, where it covers no bar
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_text
 from corpus.language import detect_language
 from evaluation.bits_per_byte import bits_per_byte, read_chats_by_language, read_named_texts, sft_loss
-from evaluation.chat_model import ChatModel, open_chat_model
+from evaluation.chat_model import ChatModel, models_folder, open_chat_model
 from evaluation.eval_config import EvalConfig
 from evaluation.judge import judge_answers
 from evaluation.judge_client import ChatClient
@@ -104,7 +104,8 @@ def select_models(given: Sequence[str], out_dir: str) -> dict[str, Path | str]:
 
     Without entries, every stage in `out_dir`. Raises UserError for invalid or repeated entries.
     """
-    given = given or [str(find_checkpoint(out_dir, stage)) for stage in trained_stages(out_dir) or ["pretrain"]]
+    folder = "" if given else models_folder(out_dir)
+    given = given or [str(find_checkpoint(folder, stage)) for stage in trained_stages(folder) or ["pretrain"]]
     paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:

@@ -31,26 +31,13 @@ from common.errors import UserError, escape_controls, require_nonempty_text
 from common.files import write_text
 from evaluation.chat_model import ChatModel
 from evaluation.qa_data import system_messages
+from evaluation.terminal_texts import terminal_texts
 from evaluation.tool_loop import NO_TOOLS, Reply, ReplyPart, ToolOptions, stream_reply
 from evaluation.tools import find_tools
 from model.chat_template import Message
 from model.sampling import SamplingParams
 from model.sampling_presets import SAMPLING_SETTINGS, format_settings, merge_settings
 
-COMMAND_HINT = "/help lists the commands, Ctrl-C stops an answer, /exit quits"
-COMMAND_HELP = """/reset              clear the conversation
-/retry              sample the last answer again (a --seed gives the same answer; /seed none removes it)
-/save [FILE]        write the conversation to a jsonl file (input of data_process.py sft)
-/system [TEXT]      set the system message; without TEXT remove it
-/history [N]        put the last N turns into the prompt (0: only the question); without N all turns
-/tools [NAMES]      tools that the model may call, as calculator,clock; without NAMES none
-/thinking off       off: an empty thought before each answer; on, auto: the model decides
-/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /frequency_penalty /penalty_window
-                    /no_repeat_ngram_size /max_new_tokens /seed; without a number: show the settings
-/num_beams 4        beam search (temperature 0), prints complete answers; also /length_penalty
-/exit               quit"""
-
-HEADINGS = {"reasoning": "[thought]\n", "content": "[answer]\n", "tool_call": "[call] ", "tool_result": "[result] "}
 THINKING = {"on": True, "off": False, "auto": None}
 
 
@@ -67,10 +54,11 @@ class TerminalChat:
         system: str = "",
         history: int | None = None,
         options: ToolOptions = NO_TOOLS,
+        lang: str = "en",
     ) -> None:
         options.check(chat_model)
         self.chat_model, self.settings, self.history, self.options = chat_model, settings, history, options
-        self.system = system_messages(system)
+        self.system, self.texts = system_messages(system), terminal_texts(lang)
         self.messages: list[Message] = []
         self.answers: list[dict[str, Any]] = []
         self.tokens, self.seconds = 0, 0.0
@@ -84,7 +72,7 @@ class TerminalChat:
         past = self.messages if self.history is None else last_turns(self.messages, self.history)
         reply, printer, started = (
             Reply(self.options, self.chat_model.has_answer_parts),
-            ReplyPrinter(),
+            ReplyPrinter(self.texts),
             time.perf_counter(),
         )
         try:
@@ -94,7 +82,7 @@ class TerminalChat:
             if not is_interactive:
                 raise
             reply.stop()
-            print(" [stopped]", end="")
+            print(self.texts["stopped"], end="")
         except ValueError as error:  # the prompt is too long
             raise UserError(str(error)) from None
         print(flush=True)
@@ -106,12 +94,12 @@ class TerminalChat:
         if reply.messages:
             self.messages += [question, *reply.messages]
         if is_interactive:
-            print(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s]", flush=True)
+            print(self.texts["speed"].format(tokens=tokens, speed=tokens / seconds), flush=True)
 
     def retry(self) -> None:
         """Replace the last reply; keep it if generation fails. Raises UserError for an empty conversation."""
         if not self.messages:
-            raise UserError("the conversation is empty")
+            raise UserError(self.texts["empty"])
         last = last_turns(self.messages, 1)
         self.messages = self.messages[: len(self.messages) - len(last)]
         before = len(self.messages)
@@ -124,9 +112,9 @@ class TerminalChat:
     def save(self, path: Path) -> None:
         """Write one line with the chat, or for a pretrained model one line per continued text. Raises UserError."""
         if not self.messages:
-            raise UserError("the conversation is empty")
+            raise UserError(self.texts["empty"])
         if path.exists():
-            raise UserError(f"{path} exists already: name another file")
+            raise UserError(self.texts["exists"].format(path=path))
         if self.chat_model.is_chat_model:
             rows: list[dict[str, object]] = [{"messages": self.options.add_tools(self.system + self.messages)}]
         else:
@@ -144,7 +132,8 @@ def last_turns(messages: list[Message], count: int) -> list[Message]:
 class ReplyPrinter:
     """Prints the parts of a reply; a heading stands before all but a plain answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.texts = texts
         self.kind = "content"  # of the last part
         self.is_line_start = True
         self.codes = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")  # dim, normal
@@ -152,7 +141,7 @@ class ReplyPrinter:
     def show(self, part: ReplyPart) -> None:
         text = escape_controls(part.text, keep="\n\t")
         if text and (part.kind != self.kind or part.kind.startswith("tool_")):
-            text = ("" if self.is_line_start else "\n") + HEADINGS[part.kind] + text
+            text = ("" if self.is_line_start else "\n") + self.texts[part.kind] + text
         if text:
             before, after = ("", "") if part.kind == "content" else self.codes
             print(f"{before}{text}{after}", end="", flush=True)
@@ -163,7 +152,7 @@ def run_terminal_chat(chat: TerminalChat, out_dir: str) -> None:
     """Read lines and answer them until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
-    print(COMMAND_HINT)
+    print(chat.texts["hint"])
     while True:
         try:
             text = input("> ").strip()
@@ -180,54 +169,50 @@ def run_terminal_chat(chat: TerminalChat, out_dir: str) -> None:
         except EOFError:
             return print()
         except KeyboardInterrupt:
-            print("\n" + COMMAND_HINT, flush=True)
+            print("\n" + chat.texts["hint"], flush=True)
 
 
 def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
     """Run one command and print its effect. Raises UserError for an invalid value."""
     name, _, value = line[1:].partition(" ")
-    value = value.strip()
+    value, texts = value.strip(), chat.texts
     if name == "reset":
         chat.messages = []
-        message = "conversation cleared"
+        message = texts["cleared"]
     elif name == "retry":
         return chat.retry()
     elif name == "save":
         path = Path(value or Path(out_dir) / "talks" / time.strftime("talk-%Y%m%d-%H%M%S.jsonl"))
         chat.save(path)
-        message = f"written: {path}"
+        message = texts["written"].format(path=path)
     elif name == "system":
         chat.system = system_messages(value)
-        message = "system message set" if value else "no system message"
+        message = texts["system" if value else "no system"]
     elif name == "history":
-        chat.history = _parse_history(value) if value else None
-        message = f"history: last {chat.history} turns" if value else "history: all turns"
+        if value and not value.isdecimal():
+            raise UserError(texts["bad history"].format(value=value))
+        chat.history = int(value) if value else None
+        message = texts["history" if value else "all history"].format(count=chat.history)
     elif name in ("tools", "thinking"):
         message = _change_options(chat, name, value)
     elif name in SAMPLING_SETTINGS:
         message = _change_sampling(chat, name, value)
     else:
-        return print(COMMAND_HELP, flush=True)
+        return print(texts["help"], flush=True)
     print(f"[{message}]", flush=True)
-
-
-def _parse_history(value: str) -> int:
-    if not value.isdecimal():
-        raise UserError(f"/history {value}: must be a whole number of at least 0")
-    return int(value)
 
 
 def _change_options(chat: TerminalChat, name: str, value: str) -> str:
     """Change the tools or the thinking switch; returns the state as text. Raises UserError."""
     if name == "thinking":
         if value not in THINKING:
-            raise UserError(f"/thinking {value}: give on, off or auto")
+            raise UserError(chat.texts["bad thinking"].format(value=value))
         chat.options = dataclasses.replace(chat.options, enable_thinking=THINKING[value])
-        return f"thinking: {value}"
+        return chat.texts["thinking"].format(value=value)
     options = dataclasses.replace(chat.options, tools=tuple(find_tools(value, chat.options.lookup_file)))
     options.check(chat.chat_model)
     chat.options = options
-    return f"tools: {', '.join(tool.name for tool in options.tools) or 'none'}"
+    return chat.texts["tools"].format(names=", ".join(tool.name for tool in options.tools) or chat.texts["none"])
 
 
 def _change_sampling(chat: TerminalChat, name: str, value: str) -> str:

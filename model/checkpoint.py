@@ -254,13 +254,15 @@ def open_adapter(
 ) -> Transformer:
     """The parent with the adapter attached, not merged (CPU, fp32). The parent may itself be an adapter.
 
-    Searches the parent in the adapter's folder, then at the recorded path; with `parent` only there.
+    Searches the parent in the adapter's folder, at the recorded path, and in the folder above, where a run with
+    --run_name finds it; with `parent` only there.
     Raises UserError if no parent is found or no candidate has the recorded fingerprint.
     """
     name, expected_fingerprint = Path(adapter["parent"]), adapter["parent_fingerprint"]
     lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
     check_ranks(state, lora.rank, path)
-    candidates = [Path(parent)] if parent else [Path(path).parent / name.name, name]
+    beside = Path(path).absolute().parent
+    candidates = [Path(parent)] if parent else [beside / name.name, name, beside.parent / name.name]
     candidates = [file for file in dict.fromkeys(candidates) if file.exists() and not file.samefile(path)]
     if not candidates:
         raise UserError(f"{path} is an adapter for {parent or name}, which is not there: put it beside the adapter")
@@ -288,17 +290,24 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
     """The checkpoint of a stage in `out_dir`. Raises UserError if there is none or more than one."""
     matches = list_checkpoints(out_dir, stage)
     if not matches:
-        raise UserError(f"no {stage}_*.pth in {out_dir}: run `python {STAGE_SCRIPTS[stage]}` first, or name the file")
+        others = sorted(Path(out_dir).glob(f"*/{stage}_[0-9]*.pth"))
+        example = f", as {others[0]}" if others else ""
+        advice = f"run `python {STAGE_SCRIPTS[stage]}` first, or name the file{example}"
+        raise UserError(f"no {stage}_*.pth in {out_dir}: {advice}")
     if len(matches) > 1:
         names = ", ".join(str(path) for path in matches)
         raise UserError(f"several {stage} models in {out_dir} ({names}): choose one by its file name")
     return matches[0]
 
 
-def find_parent(out_dir: str | os.PathLike[str], stage: str) -> Path:
-    """The checkpoint that `stage` starts from by default. Raises UserError as `find_checkpoint` does."""
+def find_parent(stage: str, *folders: str | os.PathLike[str]) -> Path:
+    """The checkpoint that `stage` starts from by default, in the first of these folders that has one.
+
+    Raises UserError as `find_checkpoint` does.
+    """
     parents = PARENT_STAGES[stage]
-    return find_checkpoint(out_dir, next((p for p in parents if list_checkpoints(out_dir, p)), parents[-1]))
+    found = ((folder, parent) for folder in folders for parent in parents if list_checkpoints(folder, parent))
+    return find_checkpoint(*next(found, (folders[-1], parents[-1])))
 
 
 def trained_stages(out_dir: str | os.PathLike[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.cli import Config, NameList, flag
 from common.errors import UserError
-from common.flag_groups import InferenceFlags
+from common.flag_groups import InferenceFlags, RunFlags
 from common.flag_types import (
     DTYPE_NAMES,
     int_at_least,
@@ -41,14 +41,13 @@ def is_this_machine(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ServeConfig(RopeFlags, InferenceFlags, Config):
+class ServeConfig(RopeFlags, InferenceFlags, RunFlags):
     """One server. `max_num_seqs` and `max_queue` count per model."""
 
     checkpoint: tuple[str, ...] = flag(
         (), ".pth files or transformers folders; NAME=FILE sets a model's name",
         nargs="+", type=path_string, metavar="FILE", group="models",
     )  # fmt: skip
-    out_dir: str = flag("out", "folder whose latest stage is the default model", type=path_string, group="models")
     max_context: int = flag(4096, "tokens of prompt and answer together, at most", type=int_at_least(8), group="models")
     strict_model_names: bool = flag(
         False, "404 for unknown model names (default: a server of one model uses it for any name)", group="models"

@@ -40,13 +40,21 @@ from trainer.state_files import (
     select_written_tensors,
     write_state,
 )
-from trainer.train_state import TrainState, complete_steps, resume_path, step_folders
+from trainer.train_state import (
+    TrainState,
+    check_not_finished,
+    complete_steps,
+    resume_path,
+    run_digest,
+    step_folders,
+)
 
 Train = Callable[..., Path]  # (config, stage, dist, and more)
 
 
 def with_run_lock(train: Train) -> Train:
-    """Decorator: `train` holds a lock on its checkpoint path. Raises UserError in all processes if it is taken.
+    """Decorator: `train` holds a lock on its checkpoint path. Raises UserError in all processes if it is taken, or if
+    the path holds the finished model of another run.
 
     Rank 0 takes the lock and removes temporary files of a killed run. A kill releases the lock.
     """
@@ -58,6 +66,7 @@ def with_run_lock(train: Train) -> Train:
             with shared_errors(dist, f"lock {path}"):
                 if dist.is_rank0:
                     stack.enter_context(lock_output(path, "wait for it, or choose another --out_dir"))
+                    check_not_finished(config, stage, path)
                     remove_leftovers(path.with_suffix(".*"))
                     remove_leftovers(resume_path(path) / "*")
             return train(config, stage, dist, *more)
@@ -216,5 +225,6 @@ def lineage_entry(config: TrainConfig, stage: Stage, train_state: TrainState) ->
         "validation": {name: value for name, value in train_state.validation.items() if name not in ("step", unit_key)},
         "learning_rate": config.learning_rate,
         "seed": config.seed,
+        "run": run_digest(config, train_state.identity),
         **({"stopped": train_state.objection} if train_state.objection else {}),
     }

@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 
 from common.cli import Config, NameList, flag, overrides
 from common.errors import UserError
+from common.flag_groups import RunFlags
 from common.flag_types import (
     DTYPE_NAMES,
     NumberType,
     device_name,
     epochs,
+    folder_name,
     fraction,
     fraction_below_one,
     int_at_least,
@@ -69,17 +71,21 @@ def _warmup_help(config: type) -> str:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Config):
+class TrainConfig(RunFlags):
     """The flags of every training script. A subclass changes defaults by assigning them."""
 
     learning_rates: ClassVar[dict[str, float]] = {"muon": 8e-3, "adamw": 1e-3}  # default peak rate by optimizer
     default_warmup_iters: ClassVar[int] = 10
 
     data_path: str = _files("", "folder written by data_process.py", type=path_string)
-    out_dir: str = _files("out", "folder for the checkpoint, the log and the curves", type=path_string)
+    out_root: str = _files("out", "folder for the checkpoint, the log and the curves", name="out_dir", type=path_string)
+    run_name: str = _files(
+        "", "write to the subfolder NAME of --out_dir, beside other runs; the parent is looked for there, then in "
+        "--out_dir", type=folder_name, metavar="NAME",
+    )  # fmt: skip
     init_from: str = _files("", "checkpoint to start from", type=path_string)
     resume: str = _files(
-        "auto", "auto: resume an interrupted run of this stage; never: start anew",
+        "auto", "auto: resume an interrupted run of this stage; never: start anew, and replace a finished run",
         nargs="?", const="auto", choices=("auto", "never"),
     )  # fmt: skip
     save_interval: int = _files(200, "steps between saves (a save at the end is always made)", type=positive_int)

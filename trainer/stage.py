@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.checkpoint import find_parent
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
+from trainer.config import TrainConfig
 from trainer.datasets import Batch, TokenDataset
 from trainer.loss import IGNORE_INDEX
 from trainer.metrics import MetricRow
 
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]  # sum of the losses of a batch, {name: sum to log}, all on the device
 ComputeLoss = Callable[[nn.Module, Batch], LossAndMetrics]
+
+
+def find_source(config: TrainConfig, stage: str) -> str:
+    """The model that a stage starts from: --init_from, else its parent stage's of this run, else that in --out_dir.
+
+    Raises UserError if there is none, or more than one.
+    """
+    return config.init_from or str(find_parent(stage, config.out_dir, config.out_root))
 
 
 @dataclass
@@ -37,6 +47,7 @@ class Stage:
     early_stop: Callable[[MetricRow], str] = lambda row: ""  # called after every step: the reason to stop, or ""
     plan: Mapping[str, Any] = field(default_factory=dict)  # what --minutes chose; saved with the run (timed_run.py)
     final_metrics: Callable[[], MetricRow] = dict  # further metrics of the final validation
+    source: str = ""  # the model that training starts from: a .pth or a folder
 
     def checkpoint_path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"

@@ -19,6 +19,7 @@ from trainer.sampler import BatchSampler
 from trainer.stage import Stage
 from trainer.train_state import TrainState
 
+NEEDS_CHAT_MODEL = ("lora_sft", "dpo", "grpo")
 FIRST_LOSS_TOLERANCE = 0.15  # nats; an untrained model's loss is ln(vocabulary) ± this
 
 
@@ -48,6 +49,10 @@ def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_
         f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}, {how}{config.optimizer}, "
         f"peak lr {config.learning_rate:g}"
     )
+    if stage.source:
+        dist.print0(f"starts from {stage.source}")
+    if stage.name in NEEDS_CHAT_MODEL and stage.lineage and stage.lineage[-1].get("stage") == "pretrain":
+        dist.print0("WARNING: that is a pretrained model, which has not learned to answer: run 3-full_sft.py first")
     if scaling := rope_summary(model_config):
         dist.print0(f"RoPE scaling: {scaling}")
     if provenance := format_provenance(data_provenance(config.data_path)):

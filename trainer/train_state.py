@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from model.checkpoint import read_checkpoint
 from model.config import ModelConfig
 from trainer.config import TrainConfig
 from trainer.distributed import DistContext
@@ -35,6 +36,14 @@ MAX_RANKS = 100_000
 ROW_ORDER = "permutation"  # of rows of equal length; earlier versions had another order
 # Keys of the state_dict of torch.amp.GradScaler.
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+# Settings that do not change the result of a run.
+FREE_SETTINGS = frozenset(
+    ("data_path", "init_from", "out_root", "run_name", "resume", "save_interval", "max_minutes", "device", "compile",
+     "checkpoint_activations", "parallel", "dist_timeout", "num_workers", "local_rank", "log_interval", "eval_interval",
+     "eval_tokens", "use_wandb", "wandb_project", "wandb_run_name", "tokenizer", "peft_dir")
+)  # fmt: skip
 
 
 @dataclass
@@ -179,6 +188,31 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
         **({"--minutes": stage.plan["minutes"], "plan": dict(stage.plan)} if stage.plan else {}),
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
+
+
+def run_digest(config: TrainConfig, identity: dict[str, Any]) -> str:
+    """16 hex digits of all settings that change the result of a run: the same digest gives the same weights.
+
+    identity: that of run_fingerprint.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
+    content = json.dumps([settings, identity], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def check_not_finished(config: TrainConfig, stage: Stage, path: Path) -> None:
+    """Raise UserError if the run would replace the finished model of another run and --resume never is not given."""
+    if config.resume == "never" or not path.exists() or resume_path(path).exists():
+        return
+    facts = ""
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
+        last = read_checkpoint(path, weights=False)["lineage"][-1]
+        if last.get("run") == run_digest(config, run_fingerprint(config, stage)):
+            return
+        facts = f" ({last['steps']:,} steps on {last['data']})"
+    raise UserError(
+        f"{path} is a finished run{facts}: --run_name NAME trains another one beside it, --resume never replaces it"
+    )
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

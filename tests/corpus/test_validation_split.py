@@ -47,6 +47,43 @@ def test_chats_of_one_question_are_in_both_splits(question, count):
     assert training
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 60), st.booleans()), min_size=1, max_size=60),
+    st.sampled_from([0.0001, 0.01, 0.05]),
+)
+def test_a_twentieth_of_the_chats_up_to_twenty_is_held_out(questions, val_share):
+    """For any numbers of chats to a question, in two languages, and never more than three twentieths and 20 more."""
+    items = [
+        chat(f"q{number}", f"a{number} {i}", "zh" if is_chinese else "en")
+        for number, count, is_chinese in {q[0]: q for q in questions}.values()
+        for i in range(count)
+    ]
+    training, validation = split(items, val_share)
+    if len(items) >= 20:
+        assert len(validation) >= min(20, len(items) // 20)
+    # Hashes below --val_fraction are random: a group of 20 may be among them. The rule itself adds at most 2 * wanted.
+    below = [item for item in items if item.split_hash < val_share * 2.0**64 or item.content_hash < val_share * 2.0**64]
+    assert len(validation) <= len(below) + 2 * 2 * min(20, len(items) // 20)
+    assert training
+
+
+@given(st.lists(st.integers(1, 20), min_size=20, max_size=40), st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_the_chosen_chats_do_not_depend_on_the_order(counts, rng: random.Random):
+    items = [chat(f"q{number}", f"a{i}") for number, count in enumerate(counts) for i in range(count)]
+    expected = split(items)
+    rng.shuffle(items)
+    assert split(items) == expected
+
+
+def test_chats_of_few_questions_have_a_validation_split():
+    """The only chat of a question is not the whole split beside questions with more chats than are wanted."""
+    items = [chat(f"question {i}", f"answer {j}") for i in range(12) for j in range(14)]
+    items.append(chat("alone", "answer"))
+    assert len(split(items, 1e-9)[1]) == 8
+
+
 def test_a_question_with_few_answers_is_in_one_split():
     items = [chat(f"question {i}", f"answer {j}") for i in range(300) for j in range(5)]
     training, validation = split(items, 0.1)

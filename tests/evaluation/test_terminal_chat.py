@@ -8,6 +8,7 @@ calls and results, which are printed under headings.
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from corpus.stats import DataStats
 from evaluation import chat_model as chat_model_module
 from evaluation.chat_model import ChatModel
 from evaluation.terminal_chat import ReplyPrinter, run_terminal_chat
+from evaluation.terminal_texts import CHINESE, ENGLISH, terminal_texts
 from evaluation.tool_loop import ReplyPart
 from evaluation.tools import TOOLS
 from tests.helpers import ROOT, save_scripted_model, script_answers, start_chat
@@ -67,6 +69,38 @@ def test_history_grows_and_is_cleared(make_chat, type_lines, model_inputs, capsy
     shown = capsys.readouterr().out
     assert shown.count("A巴\n") == 3 and "the model reads at most 96 (max_seq_len)]" in shown
     assert shown.count("tokens/s]") == 3 and "/save [FILE]" in shown
+
+
+def test_the_chat_is_in_the_language_of_the_flag_or_of_the_environment(
+    make_chat, type_lines, monkeypatch, capsys, tmp_path
+):
+    type_lines("/retry", "你好", "/history 2", "/history x", "/thinking maybe", "/nonsense", "/reset")
+    run_terminal_chat(make_chat("--lang", "zh"), tmp_path)
+    shown = capsys.readouterr().out
+    for text in (
+        "/help 列出命令",
+        "[对话还是空的]",
+        "token/秒]",
+        "[历史：最近 2 轮]",
+        "不小于 0 的整数",
+        "on、off 或 auto",
+        "退出",
+        "[对话已清空]",
+    ):
+        assert text in shown
+    for name in ("LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(name, raising=False)
+    for value, expected in (("zh_CN.UTF-8", CHINESE), ("en_US.UTF-8", ENGLISH), ("C", ENGLISH), ("", ENGLISH)):
+        monkeypatch.setenv("LANG", value)
+        assert terminal_texts("auto") is expected
+    assert terminal_texts("zh") is CHINESE and terminal_texts("en") is ENGLISH
+
+
+def test_both_languages_have_the_same_texts_with_the_same_fields():
+    assert CHINESE.keys() == ENGLISH.keys()
+    for name, text in ENGLISH.items():
+        assert sorted(re.findall(r"\{\w+", text)) == sorted(re.findall(r"\{\w+", CHINESE[name])), name
+        assert re.findall(r"^/\w+", text, re.M) == re.findall(r"^/\w+", CHINESE[name], re.M), name
 
 
 def test_history_command_limits_turns(make_chat, type_lines, model_inputs, tmp_path):
@@ -289,7 +323,7 @@ def test_thoughts_and_calls_are_dimmed_on_a_terminal_only(monkeypatch, capsys):
     parts = [("reasoning", "a"), ("reasoning", "b"), ("tool_call", "f {}"), ("tool_result", "1"), ("content", "c")]
     for is_terminal in (False, True):
         monkeypatch.setattr("sys.stdout.isatty", lambda is_terminal=is_terminal: is_terminal)
-        printer = ReplyPrinter()
+        printer = ReplyPrinter(terminal_texts("en"))
         for part in parts:
             printer.show(ReplyPart(*part))
         shown, dim, normal = capsys.readouterr().out, *(("\x1b[2m", "\x1b[0m") if is_terminal else ("", ""))

@@ -121,6 +121,7 @@ def test_foreign_models_export_unchanged(monkeypatch, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(again(ids).logits, hf_model(ids).logits, rtol=0, atol=1e-5)
     card = (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
+    assert 'AutoModelForCausalLM.from_pretrained("./ours")' in card
     assert "from scratch" not in card and "base_model: " in card and "chat format | template" in card
 
 

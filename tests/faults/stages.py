@@ -51,7 +51,8 @@ def _data(kind: str, source: str, flags: str = "", **more: Any) -> Stage:
 
 
 def _train(name: str, script: str, data: str, flags: str = "", steps: tuple[str, ...] = (".pth",)) -> Stage:
-    return Stage(name, f"{script} --data_path IN/{data} --out_dir WORK {TRAIN} {flags}", steps=steps)
+    """Without an older run: a finished one with other settings is not replaced."""
+    return Stage(name, f"{script} --data_path IN/{data} --out_dir WORK {TRAIN} {flags}", "", steps=steps)
 
 
 def _export(name: str, parent: str, flags: str, older: str) -> Stage:
@@ -144,6 +145,7 @@ READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",
     "web_demo.py",
+    "train_on.py",  # its own file is steps.json, written by atomic_write; its commands are stages above
     "benchmarks.loaders",
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",

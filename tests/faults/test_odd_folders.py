@@ -123,7 +123,7 @@ def test_every_unexpected_path_for_every_flag_is_used_or_refused(
     chosen = random.Random(0).sample(cases, min(num_attacks(120, len(cases)), len(cases)))
     outcomes, wrong = [], []
     for prog, action, name in chosen:
-        if name == "root" and action.dest in ("out_dir", "json", "out", "folder", "peft_dir"):
+        if name == "root" and action.dest in ("out_dir", "out_root", "json", "out", "folder", "peft_dir"):
             continue  # root may write there
         try:
             outcomes.append(

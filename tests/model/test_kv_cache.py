@@ -214,7 +214,7 @@ def test_find_parent_takes_one_match_and_lists_several(tmp_path):
     (tmp_path / "pretrain_512.pth").touch()
     (tmp_path / "pretrain_512.resume.pth").touch()
     assert find_checkpoint(tmp_path, "pretrain").name == "pretrain_512.pth"
-    assert find_parent(tmp_path, "full_sft").name == "pretrain_512.pth" == latest_checkpoint(tmp_path).name
+    assert find_parent("full_sft", tmp_path).name == "pretrain_512.pth" == latest_checkpoint(tmp_path).name
     (tmp_path / "pretrain_768_moe.pth").touch()
     with pytest.raises(UserError, match=r"several .*pretrain_512.pth, .*pretrain_768_moe.pth"):
         find_checkpoint(tmp_path, "pretrain")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -317,3 +318,13 @@ def test_memory_stays_bounded(tmp_path, tokenizer_dir):
 def test_real_chats_are_all_kept(process):
     folder = process("sft", SHARED_DATA / "sft_en.jsonl.xz")
     assert json.loads((folder / "meta.json").read_text())["report"]["bad"] == {}
+
+
+def test_characters_per_token_do_not_count_markers(tmp_path, process, capsys):
+    """One token per byte: a letter is a token, and the end of the text is none of its characters."""
+    process("pretrain", write_rows(tmp_path / "a.jsonl", [{"text": f"the sun is {i}"} for i in range(100, 400)]))
+    assert re.search(r"│ en .* 1\.00 │", capsys.readouterr().out)
+    chats = [{"question": f"what is {i}", "answer": f"number {i}"} for i in range(100, 400)]
+    folder = process("sft", write_rows(tmp_path / "chats.jsonl", chats))
+    counts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["report"]["languages"]["en"]
+    assert counts["markers"] == 300 * 4  # <|im_start|> and <|im_end|> of two messages

@@ -1,6 +1,7 @@
 """eval_ceval.py: scores of an oracle and of a constant model, all kinds of models, result files, one-line errors."""
 
 import csv
+import dataclasses
 import json
 import sys
 
@@ -112,6 +113,18 @@ def test_constant_model_scores_fraction_of_its_letter(monkeypatch, exam, out, ca
     assert run_exam(monkeypatch, exam, out, "--shuffle_options", 4)["accuracy"] == 0.25, "chance over four orders"
     screen = capsys.readouterr().out
     assert "always C 50.0%" in screen and "Not above chance" in screen and "95 % CI" in screen
+
+
+def test_cut_prompts_are_said_before_the_table(monkeypatch, exam, tokenizer, tmp_path, capsys):
+    model = constant_model(tokenizer, "C")
+    model.config = dataclasses.replace(model.config, max_seq_len=24)
+    save_model(tmp_path / "pretrain_32.pth", model, "pretrain", tokenizer, [{}])
+    assert run_exam(monkeypatch, exam, tmp_path)["cut"] == 8
+    shown = capsys.readouterr().out
+    assert -1 < shown.index("8 prompts exceed the context") < shown.index("accuracy")
+    (summary,) = tmp_path.glob("ceval/*/summary.md")
+    text = summary.read_text(encoding="utf-8")
+    assert text.index("8 prompts exceed the context") < text.index("| questions |")
 
 
 def test_result_files_are_complete(monkeypatch, exam, out, capsys):

@@ -202,7 +202,7 @@ def test_reference_cache_is_reused_until_an_input_changes(dpo, monkeypatch, toke
 
     def run_again(*flags):
         calls.clear()
-        dpo("--max_steps", 1, *flags)
+        dpo("--max_steps", 1, "--resume", "never", *flags)
         return len(calls)
 
     assert run_again() == 0 and "same parent, tokenizer and data" in capsys.readouterr().out
