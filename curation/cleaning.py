@@ -111,6 +111,10 @@ def print_rules() -> None:
 class CleanConfig(CurationConfig):
     """edit texts and drop bad ones by rules; --skip and --also choose them, the report counts each"""
 
+    main_flags = (
+        "files", "out_dir", "check_only", "list_rules", "skip", "also", "languages", "min_words", "unsafe_words",
+        "workers",
+    )  # fmt: skip
     out_dir: str = "dataset/clean"
     list_rules: bool = flag(False, "print every rule with its source and exit",
                             action=ExitAction, nargs=0, function=print_rules)  # fmt: skip

@@ -33,6 +33,10 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the 
 class ServeConfig(RopeFlags, InferenceFlags, Config):
     """One server. `max_num_seqs` and `max_queue` count per model."""
 
+    main_flags = (
+        "checkpoint", "out_dir", "host", "port", "api_key", "api_key_file", "max_context", "max_num_seqs", "max_queue",
+        "quantize", "device",
+    )  # fmt: skip
     checkpoint: tuple[str, ...] = flag(
         (), ".pth files or transformers folders; NAME=FILE sets a model's name",
         nargs="+", type=path_string, metavar="FILE", group="models",

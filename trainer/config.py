@@ -72,6 +72,10 @@ def _warmup_help(config: type) -> str:
 class TrainConfig(Config):
     """The flags of every training script. A subclass changes defaults by assigning them."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "epochs", "max_steps", "max_minutes", "batch_size", "learning_rate",
+        "device", "resume",
+    )  # fmt: skip
     learning_rates: ClassVar[dict[str, float]] = {"muon": 8e-3, "adamw": 1e-3}  # default peak rate by optimizer
     default_warmup_iters: ClassVar[int] = 10
 
