@@ -12,7 +12,6 @@ A script subclasses TrainConfig: it sets other defaults and adds its own flags.
 Read next: ../common/cli.py (how fields become flags), ../model/config.py, loop.py.
 """
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +39,7 @@ from common.flag_types import (
     positive_int,
     seed,
 )
+from common.packages import require_packages
 from corpus.mixing import MixSpec, parse_mix
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
@@ -187,8 +187,7 @@ class TrainConfig(Config):
             raise UserError(f"--parallel {self.parallel} does not support --compile: leave it out, or use ddp or fsdp")
         if self.dtype == "float16":
             raise UserError(f"--parallel {self.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(f'--parallel {self.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
+        require_packages(f"--parallel {self.parallel}", "deepspeed")
 
 
 def length_flag(what: str) -> Any:

@@ -143,6 +143,7 @@ READ_ONLY = {
     "serve_openai_api.py",
     "chat_openai_api.py",
     "web_demo.py",
+    "evaluation.doctor",
     "benchmarks.loaders",
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",
