@@ -179,8 +179,9 @@ def command_examples(text: str, command: str) -> str:
 def module_command(arguments: Iterable[str]) -> str | None:
     """Return "-m PACKAGE.MODULE" if the program was started so, else None: argparse takes the name of the file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    is_module = spec is not None and spec.origin == next(iter(arguments), None)
-    return f"-m {spec.name.removesuffix('.__main__')}" if is_module else None
+    if spec is None or spec.origin != next(iter(arguments), None):
+        return None
+    return f"-m {spec.name.removesuffix('.__main__')}"
 
 
 def _flag_name(text: str) -> str:
