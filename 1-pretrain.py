@@ -43,6 +43,10 @@ from trainer.train_state import resolve_global_batch_size
 class PretrainConfig(PlanConfig, MixFlags):
     """Settings of lesson 1."""
 
+    main_flags = (
+        "data_path", "tokenizer", "out_dir", "preset", "minutes", "epochs", "max_minutes", "batch_size",
+        "learning_rate", "mix", "device", "resume", "plan",
+    )  # fmt: skip
     learning_rates: ClassVar = {"muon": 8e-3, "adamw": 1e-3}
     default_warmup_iters = 20
     data_path: str = "dataset/pretrain"

@@ -40,6 +40,10 @@ from trainer.stage import Stage, find_source
 class SFTConfig(TrainConfig):
     """Settings of lesson 3."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "epochs", "max_minutes", "batch_size", "learning_rate", "max_seq_len",
+        "chat_format", "device", "resume",
+    )  # fmt: skip
     learning_rates: ClassVar = {"muon": 1e-3, "adamw": 2e-4}
     data_path: str = "dataset/sft"
     batch_size: int = 32

@@ -43,6 +43,10 @@ ALPHA = NumberType(float, "a number above 0 and at most 1e6", lambda alpha: 0 < 
 class LoRASFTConfig(TrainConfig):
     """Settings of lesson 4."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "rank", "alpha", "targets", "epochs", "max_minutes", "batch_size",
+        "learning_rate", "max_seq_len", "peft_dir", "device",
+    )  # fmt: skip
     learning_rates: ClassVar = {"muon": 4e-3, "adamw": 2e-3}  # best in our measurements (LOG.md)
     data_path: str = "dataset/sft"
     batch_size: int = 32

@@ -48,6 +48,10 @@ BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}  # default of --beta
 class DPOConfig(TrainConfig):
     """Settings of lesson 5."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "loss", "beta", "max_chosen_drop", "epochs", "max_minutes", "batch_size",
+        "learning_rate", "max_seq_len", "device",
+    )  # fmt: skip
     learning_rates: ClassVar = {"muon": 5e-5, "adamw": 2e-5}
     data_path: str = "dataset/dpo"
     batch_size: int = 16

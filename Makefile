@@ -1,5 +1,6 @@
 # make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
 # make demo-rl further steps: a calculator, thoughts, reinforcement learning; about four minutes more
+# make doctor  what this machine, its libraries, the data and the checkpoints lack for it, each with its fix
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
@@ -12,7 +13,7 @@ RUN = $(VENV)/bin/python
 # One worker per core, at most 8: each needs about 1.5 GB. An idle worker takes tests from another one.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-rl demo-clean docs-check test faults check audit format clean
+.PHONY: demo demo-rl demo-clean docs-check test faults check audit format clean doctor
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -22,6 +23,9 @@ demo-rl: $(VENV)/.core
 
 demo-clean:
 	rm -rf out/demo
+
+doctor:
+	@if test -x $(RUN); then $(RUN) -m evaluation.doctor; else $(PYTHON) -m evaluation.doctor; fi
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"

@@ -22,6 +22,7 @@ from common import cli
 from common.cli import flag
 from common.errors import UserError, escape_controls, fail_in_one_line, require_nonempty_text
 from common.flag_types import non_empty_text, parse_bool, path_string, positive_int
+from common.packages import require_packages
 from evaluation.tools import TOOL_NAMES, Tool, find_tools, run_tool
 from model.answer_parts import ToolCall, parse_json_object
 
@@ -65,10 +66,9 @@ class ChatClientConfig(cli.Config):
 
 def make_client(config: ChatClientConfig) -> Any:
     """Return an `openai.OpenAI`. Raises UserError without the package and for an invalid address."""
-    try:
-        import openai
-    except ImportError:
-        raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
+    require_packages("the client", "openai")
+    import openai
+
     try:
         if not config.base_url.startswith(("http://", "https://")):
             raise ValueError

@@ -53,6 +53,11 @@ from model.tokenizer import ChatTokenizer
 class FilteredSftConfig(SftDataConfig, PerplexityFlags):
     """chats -> jsonl and token shards for 3-full_sft.py"""
 
+    main_flags = (
+        "files", "out_dir", "tokenizer", "max_seq_len", "chat_format", "keys", "val_fraction", "check_only",
+        "max_bad_fraction", "scorer",
+    )  # fmt: skip
+
 
 DATA_COMMANDS = {
     "pretrain": PretrainDataConfig,

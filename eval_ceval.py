@@ -51,6 +51,10 @@ _PROMPTS: dict[str, Any] = {"group": "prompts"}
 class ExamConfig(InferenceFlags, RopeFlags, RunFlags):
     """The exam, the model, and the prompts."""
 
+    main_flags = (
+        "data", "split", "subjects", "checkpoint", "model", "method", "shots", "shuffle_options", "out_dir", "json",
+        "device",
+    )  # fmt: skip
     data: tuple[str, ...] = flag(
         MISSING, "csv, tsv or jsonl files, a folder of them, or a folder, tar or zip archive with {dev,val,test}/",
         type=path_string, nargs="+", metavar="PATH", **_EXAM,

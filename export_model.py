@@ -53,6 +53,7 @@ HUB = "model hub (token from `hf auth login` or HF_TOKEN)"
 class ExportConfig(Config):
     """The command line."""
 
+    main_flags = ("checkpoint", "folder", "dtype", "gguf", "adapter", "license", "overwrite", "verify", "push_to_hub")
     checkpoint: Path = flag(MISSING, "out/*.pth, or a transformers folder", type=pathlib_path, positional=True)
     folder: Path = flag(
         MISSING, "output folder: new, empty, or see --overwrite", type=pathlib_path, metavar="DIR", positional=True

@@ -20,9 +20,8 @@ import socket
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
+from common.packages import require_packages
 from serving.config import ServeConfig
-
-PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -36,14 +35,10 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     config = cli.parse(ServeConfig, __doc__)
-    try:
-        from serving.app import make_app
-        from serving.connections import make_server
-        from serving.models import open_models
-    except ImportError as error:
-        if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
-            raise
-        raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
+    require_packages("the server", "fastapi", "uvicorn")
+    from serving.app import make_app
+    from serving.connections import make_server
+    from serving.models import open_models
 
     with open_socket(config.host, config.port) as server_socket:
         models = open_models(config)

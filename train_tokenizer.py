@@ -47,6 +47,10 @@ SEE_HELP = "; `python train_tokenizer.py --help` describes the flags"
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
+    main_flags = (
+        "files", "algorithm", "vocab_size", "out_dir", "chat_format", "byte_budget", "seed", "inspect", "compare",
+        "compare_on",
+    )  # fmt: skip
     files: tuple[str, ...] = flag((), "training text: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
                                   positional=True, nargs="*", type=path_string, metavar="FILE")  # fmt: skip
     algorithm: str = flag("bpe", "bpe merges frequent pairs; unigram (SentencePiece) drops the least useful pieces",

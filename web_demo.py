@@ -12,7 +12,6 @@ nothing is saved unless --history_dir names a folder.
 Read next: serving/page.py (the page), serving/conversation.py (streaming replies), serving/history.py (saved ones).
 """
 
-import importlib.util
 import socket
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from common import cli
 from common.device import pick_device, pick_dtype
 from common.errors import UserError, fail_in_one_line
+from common.packages import require_packages
 from evaluation.tools import find_tools
 from serving.config import PageConfig
 
@@ -53,8 +53,7 @@ def check_files_and_port(config: PageConfig) -> None:
 
 def launch_streamlit(config: PageConfig) -> None:
     """Run this file in streamlit, with the same flags."""
-    if importlib.util.find_spec("streamlit") is None:
-        raise UserError('the chat page needs streamlit: pip install "streamlit>=1.51,<2"')
+    require_packages("the chat page", "streamlit")
     check_files_and_port(config)
     from streamlit.web import cli as streamlit_cli
 

@@ -11,29 +11,30 @@
 those of the file, wherever they stand. Aliases are accepted, but --help does not list them. Invalid values are rejected
 before any file is read: `argument --batch_size: 0 is not a whole number of at least 1`, exit code 2. Imports only the
 standard library.
-Read next: errors.py, trainer/config.py.
+Read next: flag_parser.py (help, errors, files of flags), errors.py, trainer/config.py.
 """
 
 import argparse
 import dataclasses
-import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from common.errors import UserError
+from common.flag_parser import FlagParser, command_examples, module_command
 from common.flag_types import NumberType, split_names
-
-FLAG_FILE_SUFFIX = ".args"
 
 
 # ---- configurations: frozen dataclasses whose fields describe their flags ----
 @dataclass(frozen=True)
 class Config:
-    """Base of all configurations. Subclasses check combinations of fields in `check`."""
+    """Base of all configurations. Subclasses check combinations of fields in `check`.
+
+    main_flags: the fields that --help shows, about ten, in this order; (): all of them. --help_all shows the others.
+    """
+
+    main_flags: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Raises UserError for a number out of its limits, as the command line does, and for a wrong combination."""
@@ -115,7 +116,7 @@ def parse(
 
     flag_files: {flag: {value: file of flags}}, as {"--recipe": {"belle": "recipes/belle-sft.args"}}.
     """
-    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description, prog=module_command(sys.argv))
     parser.flag_file_names = flag_files or {}
     add_flags(parser, config)
     return make_config(config, parser.parse_args(arguments))
@@ -131,13 +132,14 @@ def parse_command(
 
     exits: flags that print something and end the program, {"--list": (help, function)}.
     """
-    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=description)
     for name, (text, function) in (exits or {}).items():
         parser.add_argument(name, action=ExitAction, nargs=0, function=function, help=text)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, config in commands.items():
         text = (config.__doc__ or "").split("\n\n")[0]
-        add_flags(subparsers.add_parser(name, help=text.replace("%", "%%"), description=config.__doc__), config)
+        about = f"{config.__doc__}\n\n{command_examples(description or '', f'{parser.prog} {name}')}"
+        add_flags(subparsers.add_parser(name, help=text.replace("%", "%%"), description=about), config)
     namespace = parser.parse_args(arguments)
     return namespace.command, make_config(commands[namespace.command], namespace)
 
@@ -156,8 +158,9 @@ def make_config(config: type[ConfigT], namespace: argparse.Namespace) -> ConfigT
     return config(**values)
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+def add_flags(parser: FlagParser, config: type[Config]) -> None:
     """Add the flags of all fields of a configuration to a parser."""
+    parser.main_flags = config.main_flags
     groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config):
         if other := field.metadata.get("overrides"):
@@ -242,79 +245,3 @@ class NameList(argparse.Action):
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, value)
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse.ArgumentParser with files of flags and one-line errors, without the usage text. Errors raise UserError.
-
-    flag_file_names: {flag: {value: file}} for flags that name a file of flags, as `--recipe belle`.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.flag_file_names: dict[str, dict[str, str]] = {}
-        self.flag_sources: dict[str, str] = {}  # flag -> "FILE:LINE", for messages
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Rejects `--flag=--`, which argparse before Python 3.13 parses as [] without checking type or choices."""
-        texts = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None:  # else the parser of the subcommand reads the files
-            texts = self.read_flag_files(texts)
-        for text in texts:
-            if text.startswith("--") and text.endswith("=--"):
-                self.error(f"argument {text.removesuffix('=--')}: a value is missing")
-        return super().parse_known_args(texts, namespace)
-
-    def read_flag_files(self, texts: list[str]) -> list[str]:
-        """Return the arguments with those of all files `@NAME.args` in front, so that the command line overrides them.
-
-        Raises UserError if a file cannot be read.
-        """
-        from_files: list[str] = []
-        others: list[str] = []
-        position = 0
-        while position < len(texts):
-            name, _, value = texts[position].partition("=")
-            is_file = name.startswith("@") and texts[position].endswith(FLAG_FILE_SUFFIX)
-            if name in self.flag_file_names:
-                if not value and position + 1 < len(texts):
-                    position += 1
-                    value = texts[position]
-                if value not in (known := self.flag_file_names[name]):
-                    self.error(f"argument {name}: {value or 'a value is missing'}: choose one of {', '.join(known)}")
-                from_files += self._read_flag_file(Path(known[value]))
-            elif is_file:
-                from_files += self._read_flag_file(Path(texts[position][1:]))
-            else:
-                others.append(texts[position])
-            position += 1
-        self.flag_sources = {f: place for f, place in self.flag_sources.items() if f not in map(_flag_name, others)}
-        return from_files + others
-
-    def _read_flag_file(self, path: Path) -> list[str]:
-        found: list[str] = []
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text: a file of flags has one flag per line, as --epochs 3") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: give an existing file of flags after @") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                words = shlex.split(line, comments=True)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}: a line holds flags as on the command line") from None
-            if words and not words[0].startswith("--"):
-                raise UserError(f"{path}:{number}: {words[0]}: a line begins with a flag, as --epochs 3")
-            found += words
-            self.flag_sources |= {_flag_name(word): f"{path}:{number}" for word in words if word.startswith("--")}
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        flags = re.findall("--[a-zA-Z][-a-zA-Z0-9_]*", message)
-        place = next((f"{self.flag_sources[name]}: " for name in flags if name in self.flag_sources), "")
-        raise UserError(f"{place}{' '.join(message.split())}; `python {self.prog} --help` describes the flags")
-
-
-def _flag_name(text: str) -> str:
-    return text.partition("=")[0]

@@ -7,13 +7,14 @@ Read next: signals.py.
 """
 
 import contextlib
+import difflib
 import importlib
 import io
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from common.signals import Terminated, handle_signals, print_error, raise_terminated
@@ -31,6 +32,19 @@ def import_package(name: str, advice: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise UserError(advice) from None
+
+
+def choose_from(word: str, known: Iterable[str], limit: int = 12) -> str:
+    """Return the advice for an unknown name: the nearest known one, and up to `limit` (0: no others) to choose from.
+
+    "muom" of (muon, adamw): "did you mean muon? choose from muon, adamw".
+    """
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(word, names, n=1)
+    guess = [f"did you mean {near[0]}?"] if near else []
+    if limit and (len(names) <= limit or not near):
+        guess.append(f"choose from {', '.join(names)}")
+    return " ".join(guess)
 
 
 def require(condition: object, message: str, error: type[Exception] = UserError) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from common.errors import UserError
+from common.packages import require_packages
 from corpus.damage import Damage
 from corpus.input_files import InputFile, NumberedRows
 from corpus.stats import DataStats
@@ -41,10 +42,9 @@ def _read_rows(
 ) -> NumberedRows:
     if input_file.is_compressed:
         raise UserError(f"{input_file.name} is a compressed {format_name} file: unpack it first")
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"reading {format_name} files needs one more package: pip install pyarrow") from None
+    require_packages(f"reading {format_name} files", "pyarrow")
+    import pyarrow
+
     input_file.file.raises_errors = True
     # pyarrow raises its own errors for damaged files, and Python's for impossible sizes and names.
     errors = (pyarrow.ArrowException, OSError, EOFError, MemoryError, ValueError, OverflowError, NotImplementedError)

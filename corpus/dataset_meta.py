@@ -27,6 +27,12 @@ PREPARE_COMMANDS = {  # by kind of data
     "pairs": "python data_process.py dpo FILES…",
     "prompts": "python data_process.py rl FILES…",
 }
+READERS = {  # kind of data -> what it is, and the scripts that read it
+    "pretrain": "text for 1-pretrain.py",
+    "chats": "chats for 3-full_sft.py and 4-lora_sft.py",
+    "pairs": "pairs of answers for 5-dpo_train.py",
+    "prompts": "prompts for 6-grpo_train.py",
+}
 TOKEN_DTYPES = ("uint16", "uint32")
 CHECKSUMMED_SUFFIXES = {".bin", ".idx.npy", ".crc"}  # the files of every shard; chats also have a .mask
 
@@ -56,6 +62,34 @@ def read_meta(folder: PathLike) -> dict[str, Any]:
     if not is_valid_meta(meta, with_checksums=meta["format"] == DATA_FORMAT):
         raise UserError(f"{path} is not the meta.json of a data folder: {repair_hint(folder)}")
     return meta
+
+
+def check_kind(folder: PathLike, kind: str) -> None:
+    """Raise UserError if a training script is given a file, or the data of another one. A missing folder passes."""
+    path = Path(folder)
+    advice = f"name another --data_path, or run `{PREPARE_COMMANDS[kind]}`"
+    if path.is_file():
+        raise UserError(f"{folder} is a file: --data_path is the folder that `{PREPARE_COMMANDS[kind]}` writes")
+    if path.name.startswith("tokens-"):
+        raise UserError(f"{folder} holds tokens only: --data_path is the folder above it, {path.parent}")
+    meta = read_checked_meta(folder) or {}
+    found = meta.get("kind", "messages")
+    if found == "messages":  # chats or pairs
+        found = _kind_of_rows(path / "train.jsonl")
+    if found in READERS and found != kind:
+        raise UserError(
+            f"{folder} holds {READERS[found]}, this script reads {READERS[kind].split(' for ')[0]}: {advice}"
+        )
+
+
+def _kind_of_rows(path: Path) -> str:
+    """Return "chats" or "pairs", by the first row; "" for a missing or damaged file, which other checks report."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline(1 << 20))
+        return "pairs" if "chosen" in row else "chats" if "messages" in row else ""
+    except (OSError, ValueError, TypeError, RecursionError):
+        return ""
 
 
 def read_checked_meta(folder: PathLike) -> dict[str, Any] | None:

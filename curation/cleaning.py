@@ -19,6 +19,7 @@ from typing import Any
 from common.cli import ExitAction, NameList, flag
 from common.errors import UserError
 from common.flag_types import non_negative_int, path_string
+from common.packages import missing_packages, require_packages
 from corpus.language import detect_language
 from corpus.stats import BadRow
 from curation import drop_rules, edit_rules
@@ -28,10 +29,7 @@ from curation.rule_stats import Decision, ExampleReservoir, RuleHit, compute_sam
 from curation.transform import CurationConfig, NumberedRow, Transform, to_json_line
 
 CONTEXT_CHARACTERS = 30  # characters shown before and after a change
-PROBE_TEXTS = (  # together they make every rule import its optional package
-    "\xc3\xa9 is what the letter looks like when a text of some words was decoded with the wrong code page.",
-    "Dieser Satz ist weder auf Chinesisch noch auf Englisch geschrieben.",
-)
+RULE_PACKAGES = {"repair": "ftfy", "language": "lingua", "simplify": "opencc"}
 
 
 # ---- the rules, in the order in which they run -----------------------------------------------------------------------
@@ -111,6 +109,10 @@ def print_rules() -> None:
 class CleanConfig(CurationConfig):
     """edit texts and drop bad ones by rules; --skip and --also choose them, the report counts each"""
 
+    main_flags = (
+        "files", "out_dir", "check_only", "list_rules", "skip", "also", "languages", "min_words", "unsafe_words",
+        "workers",
+    )  # fmt: skip
     out_dir: str = "dataset/clean"
     list_rules: bool = flag(False, "print every rule with its source and exit",
                             action=ExitAction, nargs=0, function=print_rules)  # fmt: skip
@@ -156,10 +158,10 @@ class CleaningTransform(Transform):
         return {"rules": self.rule_names()}
 
     def check_packages(self) -> None:
-        """Run every rule once on PROBE_TEXTS. Raises UserError if a rule needs a package that is not installed."""
-        for rule in self.rules:
-            for probe in PROBE_TEXTS:
-                rule.function(probe if rule.is_edit else DocumentView(probe, self.limits))
+        """Raises UserError with all packages that the rules need and lack."""
+        needed = {name: RULE_PACKAGES[name] for name in self.rule_names() if name in RULE_PACKAGES}
+        lacking = [name for name, package in needed.items() if missing_packages([package])]
+        require_packages("clean", *(needed[name] for name in lacking), otherwise=f"--skip {','.join(lacking)}")
 
     def apply_to_row(self, row: NumberedRow) -> Decision:
         hits: list[RuleHit] = []

@@ -30,8 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datatrove.data import Document
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.utils.hashing import HashConfig
 
-from common.errors import UserError, import_package
+from common.errors import UserError
 from common.files import remove, remove_leftovers, report_write_errors, write_json
 from corpus.dataset_writer import dataset_staging_folder, replace_dataset
 from corpus.job_state import input_fingerprints
@@ -48,15 +53,6 @@ from curation.near_duplicates import (
 )
 from curation.rule_stats import RuleStats
 from curation.transform import NumberedRow, batch_rows, check_out_dir, read_numbered_rows, write_reports, write_rows
-
-try:
-    from datatrove.data import Document
-    from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-    from datatrove.pipeline.base import PipelineStep
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
-    from datatrove.utils.hashing import HashConfig
-except ImportError:
-    raise UserError('--executor needs one more package: pip install "datatrove>=0.6,<0.11"') from None
 
 MINHASH_CONFIG = MinhashConfig(
     num_buckets=NUM_BANDS, hashes_per_bucket=HASHES_PER_BAND, hash_config=HashConfig(precision=32)
@@ -255,7 +251,8 @@ def _submit_slurm_jobs(job: DedupJob) -> None:
 
 
 def _start_ray(workers: int) -> None:
-    ray = import_package("ray", '--executor ray needs one more package: pip install "ray>=2.9,<3"')
+    import ray
+
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if not ray.is_initialized():
         cpus = None if os.environ.get("RAY_ADDRESS") else workers  # a running cluster has its own count

@@ -17,6 +17,7 @@ from typing import Any
 from common.cli import Config
 from common.errors import UserError
 from common.locks import lock_output
+from common.packages import require_packages
 from corpus.dataset_writer import dataset_staging_folder
 from corpus.input_files import expand_inputs
 from corpus.progress import reading_progress_bar
@@ -111,6 +112,8 @@ def print_dry_run(transform: CleaningTransform, config: CurationConfig) -> None:
 
 def deduplicate_with_datatrove(config: DedupConfig) -> None:
     """Run `dedup --executor local|ray|slurm`."""
+    ray = ("ray",) if config.executor == "ray" else ()
+    require_packages(f"--executor {config.executor}", "datatrove", "rensa", *ray)
     with lock_output(config.out_dir):  # held by this process only; the tasks share its folder
         from curation.cluster_dedup import deduplicate_on_cluster  # needs datatrove
 

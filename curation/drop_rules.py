@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import import_package
+from common.packages import install_advice
 from corpus.language import count_chinese, detect_language
 from curation.edit_rules import MOJIBAKE_FLAG, character_flags
 from curation.ngrams import code_points, ngram_hashes
@@ -98,11 +99,8 @@ _CANDIDATE_LANGUAGES = (
 
 @functools.cache
 def _language_detector() -> Any:
-    lingua = import_package(
-        "lingua",
-        "the rule `language` needs one more package (it contains its models and downloads nothing): "
-        'pip install "lingua-language-detector>=2,<3", or --skip language',
-    )
+    advice = install_advice("the rule `language`", "lingua", otherwise="--skip language")
+    lingua = import_package("lingua", advice)  # contains its models, downloads nothing
     candidates = [getattr(lingua.Language, name) for name in _CANDIDATE_LANGUAGES]
     return lingua.LanguageDetectorBuilder.from_languages(*candidates).with_low_accuracy_mode().build()
 

@@ -19,6 +19,7 @@ import unicodedata
 from typing import Any
 
 from common.errors import import_package
+from common.packages import install_advice
 from corpus.language import count_chinese
 from curation.character_flags import flag_texts
 from curation.phrases import RULE_PHRASES, scan_phrases
@@ -31,7 +32,7 @@ def repair(text: str) -> str:
     """Undo a wrong decoding with ftfy (github.com/rspeer/python-ftfy). ftfy runs only if the pattern above matches."""
     if not character_flags(text) & MISREAD_FLAG or not _WRONGLY_DECODED.search(text):
         return text
-    advice = 'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
+    advice = install_advice("the rule `repair`", "ftfy", otherwise="--skip repair")
     fixed: str = import_package("ftfy", advice).fix_encoding(text)
     return fixed
 
@@ -74,7 +75,7 @@ def simplify(text: str) -> str:
 
 @functools.cache
 def _opencc_converter() -> Any:
-    advice = 'the rule `simplify` needs one more package: pip install "opencc>=1.1.7,<2"'
+    advice = install_advice("the rule `simplify`", "opencc")
     return import_package("opencc", advice).OpenCC("t2s")
 
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from common.cli import flag
 from common.errors import UserError, import_package
+from common.packages import install_advice
 from corpus.dataset_writer import dataset_staging_folder
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
@@ -89,9 +90,7 @@ def minhash_signatures(shingle_sets: list[np.ndarray]) -> np.ndarray:
 
 
 def _import_rensa() -> Any:
-    return import_package(
-        "rensa", 'near-duplicates need one more package: pip install "rensa>=0.5,<0.6", or --exact_only'
-    )
+    return import_package("rensa", install_advice("dedup", "rensa", otherwise="--exact_only"))
 
 
 def band_keys(signatures: np.ndarray) -> np.ndarray:

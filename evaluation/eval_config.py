@@ -25,6 +25,10 @@ _REPORT: dict[str, Any] = {"group": "comparison of several models"}
 class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags, RunFlags):
     """Chat with a model, questions with keys, or a comparison of several models."""
 
+    main_flags = (
+        "checkpoint", "stage", "out_dir", "prompt", "prompts", "questions", "report", "system", "temperature",
+        "max_new_tokens", "repetition_penalty", "tools", "device",
+    )  # fmt: skip
     stage: str = flag("", "pretrain, full_sft, …: that stage's model (default: the latest)", **_MODEL)
     checkpoint: str = flag("", "a .pth file or a transformers folder, instead of --stage", **_MODEL)
     prompt: str | None = flag(None, "one prompt", exclusive="prompts", **_PROMPTS)

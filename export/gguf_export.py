@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.packages import require_packages
 from export.gguf_tokenizer import pre_tokenizer_name, write_tokenizer
 from export.granite_moe import expert_matrices
 from export.hf_export import hf_architecture
@@ -58,10 +59,9 @@ INTERLEAVED_ARCHITECTURES = ("llama", "granitemoe")
 
 
 def import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError('--gguf needs the gguf package: pip install "gguf>=0.17,<0.20"') from None
+    require_packages("--gguf", "gguf")
+    import gguf
+
     return gguf
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.packages import require_packages
 from export.hf_export import hf_state_dict
 from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
@@ -118,10 +119,8 @@ def check_hf_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, 
 
 def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatTokenizer) -> str:
     """Compare an adapter's folder, opened by peft on the parent in `base`, with `model`; return the line to print."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError('--verify of an adapter needs peft: pip install "peft>=0.18,<0.22", or --no-verify') from None
+    require_packages("--verify of an adapter", "peft", otherwise="--no-verify")
+    import peft
     import transformers
 
     with suppress_transformers_output(transformers):

@@ -134,6 +134,9 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
     check_encodable_path(path)
     try:
         stat = Path(path).stat()
+        if Path(path).suffix != ".pth" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is not a checkpoint: name a .pth file that a training script wrote, or the folder "
+                            "of a transformers model")  # fmt: skip
         if record := _damaged_record(Path(path).resolve(), weights, stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"the checksum of {record} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

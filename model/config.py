@@ -61,12 +61,18 @@ class ModelConfig:
         if not given:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         experts = self.n_shared_experts + self.n_routed_experts if self.use_moe else 0
+        step = 2 * self.n_heads  # RoPE rotates pairs of elements of a head
+        below = self.dim // step * step
+        near = f"dim {' or '.join(str(dim) for dim in (below, below + step) if dim)}"
         for problem, wrong in {
-            "dim must be a multiple of n_heads, or head_dim given": not given and self.dim % self.n_heads,
+            f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: give {near}, or head_dim": not given
+            and self.dim % self.n_heads,
             "head_dim must be positive": self.head_dim < 1,
-            "head_dim (dim / n_heads) must be even: RoPE rotates pairs": self.head_dim % 2,
-            "n_heads must be a multiple of n_kv_heads": self.n_heads % self.n_kv_heads,
-            "n_active_experts must be from 1 to n_routed_experts": self.use_moe
+            f"head_dim {self.head_dim} is odd, but RoPE rotates pairs: give {near}, or an even head_dim": self.head_dim
+            % 2,
+            f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}": self.n_heads
+            % self.n_kv_heads,
+            f"n_active_experts {self.n_active_experts} must be from 1 to {self.n_routed_experts}": self.use_moe
             and not 1 <= self.n_active_experts <= self.n_routed_experts,
             f"n_layers times experts must be at most {MAX_EXPERTS}": self.n_layers * experts > MAX_EXPERTS,
             f"max_seq_len times head_dim must be at most {MAX_ROPE_ELEMENTS}": self.max_seq_len * self.head_dim
@@ -78,7 +84,7 @@ class ModelConfig:
             scaling: scaling,
         }.items():
             if wrong:
-                raise ValueError(f"model config: {problem} (got {self.to_dict()})")
+                raise ValueError(f"model config: {problem}")
 
     @property
     def trained_len(self) -> int | None:

@@ -44,6 +44,10 @@ def is_this_machine(host: str) -> bool:
 class ServeConfig(RopeFlags, InferenceFlags, RunFlags):
     """One server. `max_num_seqs` and `max_queue` count per model."""
 
+    main_flags = (
+        "checkpoint", "out_dir", "host", "port", "api_key", "api_key_file", "max_context", "max_num_seqs", "max_queue",
+        "quantize", "device",
+    )  # fmt: skip
     checkpoint: tuple[str, ...] = flag(
         (), ".pth files or transformers folders; NAME=FILE sets a model's name",
         nargs="+", type=path_string, metavar="FILE", group="models",

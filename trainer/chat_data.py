@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus.dataset_meta import read_meta
+from corpus.dataset_meta import check_kind, read_meta
 from corpus.token_folder import is_current, token_folder_name, token_inputs
 from model.tokenizer import ChatTokenizer
 from trainer.datasets import ChatDataset, TokenDataset, check_data
@@ -22,6 +22,7 @@ def tokenized_folder(data_path: str, kind: str, max_seq_len: int, tokenizer: Cha
 
     data_process.py has written it, unless the tokenizer, the chat format or the length is another one.
     """
+    check_kind(data_path, kind)
     folder = Path(data_path) / token_folder_name(tokenizer)
     with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
         if not is_current(folder, token_inputs(Path(data_path), max_seq_len, kind)):

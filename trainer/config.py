@@ -12,7 +12,6 @@ A script subclasses TrainConfig: it sets other defaults and adds its own flags.
 Read next: ../common/cli.py (how fields become flags), ../model/config.py, loop.py.
 """
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +41,7 @@ from common.flag_types import (
     positive_int,
     seed,
 )
+from common.packages import require_packages
 from corpus.mixing import MixSpec, parse_mix
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
@@ -74,6 +74,10 @@ def _warmup_help(config: type) -> str:
 class TrainConfig(RunFlags):
     """The flags of every training script. A subclass changes defaults by assigning them."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "epochs", "max_steps", "max_minutes", "batch_size", "learning_rate",
+        "device", "resume",
+    )  # fmt: skip
     learning_rates: ClassVar[dict[str, float]] = {"muon": 8e-3, "adamw": 1e-3}  # default peak rate by optimizer
     default_warmup_iters: ClassVar[int] = 10
 
@@ -189,8 +193,7 @@ class TrainConfig(RunFlags):
             raise UserError(f"--parallel {self.parallel} does not support --compile: leave it out, or use ddp or fsdp")
         if self.dtype == "float16":
             raise UserError(f"--parallel {self.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(f'--parallel {self.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
+        require_packages(f"--parallel {self.parallel}", "deepspeed")
 
 
 def length_flag(what: str) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
-from corpus.dataset_meta import PREPARE_COMMANDS, data_fingerprint, read_meta
+from corpus.dataset_meta import PREPARE_COMMANDS, check_kind, data_fingerprint, read_meta
 from corpus.shard_reader import open_split
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX
@@ -40,6 +40,8 @@ def check_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
 
     Raises UserError with the command to run if the folder does not fit the stage or the model.
     """
+    if kind == "pretrain":
+        check_kind(folder, kind)
     meta = read_meta(folder)
     command = PREPARE_COMMANDS[kind]
     if meta["kind"] != kind:

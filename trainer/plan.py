@@ -15,15 +15,17 @@ precision.
 Read next: memory.py and throughput.py (the estimates), ../benchmarks/machines.py (the bottleneck of each machine).
 """
 
+import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import UserError
+from common.errors import UserError, choose_from
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
@@ -54,7 +56,7 @@ def implied_utilisation(flops: float, gpu: GPU, gpus: int, days: float) -> float
 def print_plan(run: PlanConfig) -> None:
     """Print the estimates for the run that the flags describe. Raises UserError for an unknown GPU or preset."""
     if run.gpu not in GPUS:
-        raise UserError(f"--gpu {run.gpu}: choose from {', '.join(GPUS)}")
+        raise UserError(f"--gpu {run.gpu}: {choose_from(run.gpu, GPUS)}")
     console = Console()
     if run.presets:
         configs = {name: preset_config(run, name) for name in parse_preset_names(run.presets)}
@@ -120,6 +122,14 @@ def _passes_over_data(run: PlanConfig, tokens: float) -> str:
     return f"; {run.data_path} has {available / 1e9:,.3g} G: {tokens / available:,.1f} passes"
 
 
+def parallel_modes(run: PlanConfig) -> tuple[str, ...]:
+    """Return the values of --parallel that a training with these flags accepts (TrainConfig.check)."""
+    if run.gpus == 1:
+        return ("ddp",)
+    has_zero = run.optimizer != "muon" and run.compile != "on" and run.dtype != "float16"
+    return PARALLEL_MODES if has_zero else ("ddp", "fsdp")
+
+
 def _memory_table(run: PlanConfig, config: ModelConfig) -> Table:
     table = Table(
         "--parallel", "weights", "gradients", "optimizer", "activations", "other", "total",
@@ -127,7 +137,7 @@ def _memory_table(run: PlanConfig, config: ModelConfig) -> Table:
         f"{run.optimizer}, bf16 products, fp32 states. recomp.: total with --checkpoint_activations",
         box=SIMPLE_HEAD,
     )  # fmt: skip
-    for parallel in PARALLEL_MODES:
+    for parallel in parallel_modes(run):
         needs, recomputed = (
             training_memory(config, run.batch_size, config.max_seq_len, optimizer=run.optimizer, parallel=parallel,
                 processes=run.gpus, recompute=recompute)
@@ -140,14 +150,21 @@ def _memory_table(run: PlanConfig, config: ModelConfig) -> Table:
 
 def _time_table(run: PlanConfig, flops: float) -> Table:
     title = f"{run.gpus} GPUs at {run.utilisation:.0%} of their peak"
-    table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, box=SIMPLE_HEAD)
+    caption = None if run.price_per_hour else "–: no price is known, --price_per_hour sets one"
+    table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, caption=caption,
+                  box=SIMPLE_HEAD)  # fmt: skip
     for gpu in GPUS.values():
         needed = training_seconds(flops, gpu, run.gpus, run.utilisation)
         price = run.price_per_hour or gpu.per_hour
-        cost = f"{needed / 3600 * run.gpus * price:,.0f}" if price else "?"
-        days = f"{needed / 86_400:,.2f}" if needed < 1000 * 86_400 else f"{needed / 86_400:,.0f}"
-        table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", f"{needed / 3600 * run.gpus:,.1f}", days, cost)
+        hours = needed / 3600 * run.gpus
+        cost = _short(hours * price) if price else "–"
+        table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", _short(hours), _short(needed / 86_400), cost)
     return align_numbers_right(table)
+
+
+def _short(number: float) -> str:
+    """Two digits of a number below 10, the whole ones of a larger: 0.0024, 3.1, 12,345."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[str]:
@@ -155,7 +172,7 @@ def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[s
     gpu = GPUS[run.gpu]
     rows = run.global_batch_size or run.batch_size * run.accumulation_steps * run.gpus
     for recompute in (False, True):
-        for parallel in ("ddp", "fsdp") if run.optimizer == "muon" else PARALLEL_MODES:
+        for parallel in parallel_modes(run):
             needs = training_memory(
                 config, run.batch_size, config.max_seq_len, optimizer=run.optimizer, parallel=parallel,
                 processes=run.gpus, recompute=recompute,
@@ -166,6 +183,7 @@ def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[s
                 flags += f" --tokens_per_param {run.tokens_per_param or 20:g}"
                 flags += f" --parallel {parallel}" if run.gpus > 1 and parallel != "ddp" else ""
                 flags += " --checkpoint_activations" if recompute else ""
+                flags += _given_flags(run)
                 step = rows * config.max_seq_len
                 start = f"torchrun --nproc_per_node {min(run.gpus, 8)}" if run.gpus > 1 else "python"
                 nodes = f" --nnodes {math.ceil(run.gpus / 8)}" if run.gpus > 8 else ""
@@ -177,6 +195,14 @@ def _launch_lines(run: PlanConfig, config: ModelConfig, tokens: float) -> list[s
         f"does not fit on {run.gpus} x {gpu.name} with --batch_size {run.batch_size}: use a smaller --batch_size, "
         "more --gpus, or another --gpu"
     ]
+
+
+def _given_flags(run: PlanConfig) -> str:
+    """Return the flags of the model, its data and its optimizer that differ from their defaults."""
+    fields = {field.name: field.default for field in dataclasses.fields(run)}
+    given = {name: getattr(run, name) for name in ("tokenizer", "data_path", "optimizer")}
+    given = {name: value for name, value in given.items() if value != fields[name]} | run.model
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def inference_table(config: ModelConfig) -> Table:
@@ -228,7 +254,7 @@ def parse_preset_names(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in PRESETS:
-            raise UserError(f"--presets: there is no {name}; choose from {', '.join(PRESETS)}")
+            raise UserError(f"--presets: there is no {name}; {choose_from(name, PRESETS)}")
     if not found:
         raise UserError(f"--presets is empty: choose from {', '.join(PRESETS)}")
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.packages import require_packages
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, empty_batch, to_device
 from trainer.distributed import DistContext
@@ -28,10 +29,8 @@ ADAMW_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides its step 
 def import_deepspeed(dist: DistContext) -> Any:
     """Import DeepSpeed and initialise it for torch's process group. Raises UserError if it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", dist.device.type)
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError('--parallel zero needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"') from None
+    require_packages("--parallel zero", "deepspeed")
+    import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.cli import Config, ExitAction, flag, overrides, parse, parse_command
-from common.errors import UserError
+from common.errors import UserError, choose_from
 from common.flag_types import fraction, path_string, positive_int
 
 
@@ -76,8 +76,8 @@ def test_flags_aliases_switches_and_lists():
         (["--prompt", "x", "--prompts", "y"], "not allowed with argument --prompt"),
         (["--compile", "--prompt", "x"], "--compile and --prompt: leave one out"),
         (["--dim=--"], "argument --dim: a value is missing"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
-        (["--vocab_size", "3"], "unrecognized arguments: --vocab_size"),
+        (["--unknown"], "unknown flag --unknown; "),
+        (["--vocab_size", "3"], "unknown flag --vocab_size"),
     ],
 )
 def test_invalid_flags_are_one_line(arguments, message):
@@ -101,6 +101,78 @@ def test_help_lists_groups_and_defaults_but_no_aliases(capsys):
     assert "--batch " not in text and "width (default" not in text, "the model's defaults depend on the preset"
 
 
+@dataclass(frozen=True)
+class ShortConfig(TunedConfig):
+    main_flags = ("names", "batch_size")
+
+
+def test_help_shows_the_main_flags_in_order_and_help_all_the_others(capsys):
+    lines = "\n".join(f"    python a.py {number}" for number in range(9))
+    description = f"What it does.\n\n    y = x\n\n{lines}\n\nRead next: b.py"
+    shown = []
+    for flag_name in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            parse(ShortConfig, description, [flag_name])
+        assert stop.value.code == 0
+        shown.append(capsys.readouterr().out)
+    short, full = shown
+    assert "y = x" in short and "a.py 5" in short and "a.py 6" not in short and "Read next" not in short
+    assert (
+        0 < short.index("--names NAME") < short.index("--batch_size N ") < short.index("--help_all describes the other")
+    )
+    assert "--data_path" not in short and "the other 8 flags" in short
+    assert "a.py 8" in full and "Read next: b.py" in full
+    for name in ("data_path", "batch_size", "ratio", "compile", "no-verify", "names", "prompts", "limit", "dim"):
+        assert f"--{name}" in full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batchsize", "3"], "unknown flag --batchsize: did you mean --batch_size? `python"),
+        (["--batch-size", "3"], "unknown flag --batch-size: did you mean --batch_size?"),
+        (["—batch_size", "3"], "unknown flag —batch_size: did you mean --batch_size?"),
+        (["-batch_size", "3"], "did you mean --batch_size?"),
+        (["--data_pth=x"], "unknown flag --data_pth: did you mean --data_path?"),
+        (["--zzz", "3"], "unknown flag --zzz; `python"),
+        (["3"], "unexpected value '3': a flag begins with --"),
+    ],
+)
+def test_a_misspelt_flag_is_one_line_with_the_nearest_flag(arguments, message):
+    with pytest.raises(UserError) as error:
+        parse(TunedConfig, "", arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_misspelt_choice_or_command_is_one_line_with_the_nearest_one():
+    commands = {"train": TunedConfig, "read": FilesConfig}
+    for arguments, message in (
+        (["trian"], "invalid choice: 'trian': did you mean train? choose from train, read;"),
+        (["read", "a", "--kind", "bb"], "argument --kind: invalid choice: 'bb': did you mean b? choose from a, b;"),
+        (["train", "--batchsize", "2"], "unknown flag --batchsize: did you mean --batch_size?"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_command(commands, "", arguments)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_long_list_of_choices_is_not_repeated_where_one_is_near():
+    names = [f"subject_{number}" for number in range(50)]
+    assert choose_from("subjct_7", names) == "did you mean subject_7?"
+    assert choose_from("", names) == f"choose from {', '.join(names)}"
+    assert choose_from("abc", ["abd", "x"]) == "did you mean abd? choose from abd, x"
+
+
+def test_the_help_of_a_command_has_the_examples_of_its_description(capsys):
+    description = "About.\n\n    python pytest train A    trains\n    python pytest read A     reads\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["pytest"])
+        with pytest.raises(SystemExit):
+            parse_command({"train": TunedConfig, "read": FilesConfig}, description, ["read", "--help"])
+    text = capsys.readouterr().out
+    assert "python pytest read A     reads" in text and "pytest train" not in text
+
+
 def test_a_file_of_flags_is_overridden_by_the_command_line(tmp_path):
     file = tmp_path / "a.args"
     file.write_text('# a comment\n--batch_size 64 --compile   # two flags\n\n--data_path "two words"\n--names a b\n')
@@ -120,7 +192,7 @@ def test_a_file_of_flags_is_overridden_by_the_command_line(tmp_path):
         (None, "No such file or directory: give an existing file"),
         (b"\xff\xfe", "not UTF-8 text"),
         (b"--epochs 3\n--batch_size 0\n", ".args:2: argument --batch_size: 0 is not"),
-        (b"--nothing 3\n", ".args:1: unrecognized arguments: --nothing 3"),
+        (b"--nothing 3\n", ".args:1: unknown flag --nothing"),
         (b"batch_size 3\n", ".args:1: batch_size: a line begins with a flag"),
         (b'--data_path "x\n', ".args:1: No closing quotation"),
     ],
@@ -135,7 +207,7 @@ def test_a_wrong_file_of_flags_is_named_with_its_line(tmp_path, content, message
 
 
 def test_an_unknown_name_of_a_flag_file_lists_the_known_ones():
-    with pytest.raises(UserError, match="--recipe: y: choose one of x"):
+    with pytest.raises(UserError, match="--recipe: y: choose from x"):
         parse(TunedConfig, "", ["--recipe", "y"], {"--recipe": {"x": "x.args"}})
 
 

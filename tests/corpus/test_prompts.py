@@ -173,7 +173,7 @@ def test_check_writes_nothing_and_shows_prompts(tmp_path, questions, process, ca
 
 
 def test_there_is_no_flag_of_a_tokenizer(questions, tmp_path):
-    with one_line_error("unrecognized arguments: --tokenizer"):
+    with one_line_error("unknown flag --tokenizer"):
         data_process.main(["rl", str(questions), "--out_dir", str(tmp_path / "rl"), "--tokenizer", "x"])
 
 

@@ -227,18 +227,20 @@ def test_unsafe_words_file_adds_phrases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "flags", "words"),
+    ("modules", "flags", "words"),
     [
-        ("ftfy", [], r"rule `repair` needs one more package: pip install \"ftfy>=6.2,<7\", or --skip repair"),
-        ("lingua", [], r"rule `language` needs .*pip install \"lingua-language-detector>=2,<3\", or --skip language"),
-        ("opencc", ["--also", "simplify"], r"rule `simplify` needs one more package: pip install \"opencc>=1.1.7,<2\""),
+        (["ftfy"], [], r"^clean needs ftfy: pip install \"ftfy>=6.2,<7\", or --skip repair$"),
+        (["lingua"], [], r"needs lingua: pip install \"lingua-language-detector>=2,<3\", or --skip language$"),
+        (["opencc"], ["--also", "simplify"], r"needs opencc: pip install \"opencc>=1.1.7,<2\", or --skip simplify$"),
+        (["lingua", "ftfy", "opencc"], [], r"needs .* and .*: pip install \"[^\"]*\" \"[^\"]*\", or --skip \w+,\w+$"),
     ],
 )
-def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, monkeypatch, module, flags, words):
+def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, monkeypatch, modules, flags, words):
     path = write_rows(tmp_path / "a.jsonl", [{"text": ZH}])
     edit_rules._opencc_converter.cache_clear()
     drop_rules._language_detector.cache_clear()
-    monkeypatch.setitem(sys.modules, module, None)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=words):
         data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()

@@ -123,9 +123,9 @@ def test_ray_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp_p
 
 def test_a_missing_package_is_reported_in_one_line(input_files, tmp_path):
     for module, flags, words in (
-        ("datatrove", ["--executor", "local"], '--executor needs one more package: pip install "datatrove>='),
-        ("ray", ["--executor", "ray"], '--executor ray needs one more package: pip install "ray>='),
-        ("rensa", ["--executor", "local"], 'one more package: pip install "rensa>='),
+        ("datatrove", ["--executor", "local"], '--executor local needs datatrove: pip install "datatrove>='),
+        ("ray", ["--executor", "ray"], '--executor ray needs ray: pip install "ray>='),
+        ("rensa", ["--executor", "local"], '--executor local needs rensa: pip install "rensa>='),
     ):
         hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from common.errors import *\n"
         call = f"data_process.main({['dedup', str(input_files[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"

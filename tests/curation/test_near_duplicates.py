@@ -150,7 +150,7 @@ def test_exact_only_needs_no_package(tmp_path, monkeypatch):
         tmp_path / "a.jsonl", [{"text": "一样 的文本"}, {"text": "一样的文本\n"}, {"text": "一样的文本。"}]
     )
     assert len(run_dedup(path, out_dir=tmp_path / "out", exact_only=True)) == 2
-    with pytest.raises(UserError, match=r'one more package: pip install "rensa>=0.5,<0.6", or --exact_only'):
+    with pytest.raises(UserError, match=r'dedup needs rensa: pip install "rensa>=0.5,<0.6", or --exact_only'):
         run_dedup(path, out_dir=tmp_path / "near")
     assert not (tmp_path / "near.partial").exists()
 

@@ -273,7 +273,7 @@ def edit_json(folder, name, **changes):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"head_dim": 16}, "does not fit"),
-        ({"head_dim": 7}, "head_dim .* must be even"),
+        ({"head_dim": 7}, "head_dim .* is odd"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]}, "mlp_only_layers"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step 2"),

@@ -146,6 +146,7 @@ READ_ONLY = {
     "chat_openai_api.py",
     "web_demo.py",
     "train_on.py",  # its own file is steps.json, written by atomic_write; its commands are stages above
+    "evaluation.doctor",
     "benchmarks.loaders",
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",

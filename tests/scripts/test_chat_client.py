@@ -200,7 +200,7 @@ def test_incompatible_servers_and_broken_streams_are_one_line_errors(monkeypatch
 
 def test_missing_openai_package_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match='openai is not installed: pip install "openai>=2,<4"'):
+    with pytest.raises(UserError, match='the client needs openai: pip install "openai>=2,<4"'):
         run_script(monkeypatch, SCRIPT, "--prompt", "?")
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import FlagParser, NameList
+from common.cli import NameList
 from common.errors import UserError
+from common.flag_parser import FlagParser
 from common.flag_types import NumberType, split_names
 from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_script, load_weights, read_jsonl, run_process, run_script
 
@@ -109,6 +110,23 @@ def test_every_script_and_every_numeric_flag_is_covered():
     )
     assert [(prog, a.dest) for prog, a in ACTIONS if is_number(a) and not isinstance(a.type, NumberType)] == []
     assert {dest for *_, dest in NUMBERS} >= {*ZERO_MEANINGS, *FRACTIONS}, "the tables name existing flags only"
+
+
+MOST_FLAGS = 12  # of a command without main flags
+
+
+@pytest.mark.parametrize("prog", PARSERS)
+def test_help_shows_about_ten_flags_and_an_example(prog):
+    parser = PARSERS[prog]
+    visible = {a.dest for a in parser._actions if a.help != argparse.SUPPRESS} - {"help", "help_all"}
+    text = parser.format_help()
+    examples = text.split("\n", 1)[1]
+    assert f"python {prog}" in examples or f"python -m {prog}" in examples
+    if parser.main_flags:
+        assert 8 <= len(parser.main_flags) <= 15 and {*parser.main_flags} < visible
+        assert f"--help_all describes the other {len(visible) - len(parser.main_flags)} flags" in text
+    else:
+        assert len(visible) <= MOST_FLAGS
 
 
 @pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)

@@ -1,9 +1,11 @@
 """--plan: estimates of parameters, FLOPs and memory agree with the model; published sizes and numbers; no training."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -12,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.cli import parse
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from tests.helpers import EXACT_FLAGS, ROOT, read_jsonl, run_script
+from tests.helpers import EXACT_FLAGS, ROOT, load_script, read_jsonl, run_script
 from trainer.config import PARALLEL_MODES, PlanConfig
 from trainer.memory import count_parameters, inference_memory, saved_bytes, training_memory
 from trainer.plan import INFERENCE_FORMATS, implied_utilisation, training_seconds
@@ -298,6 +301,55 @@ def test_plan_numbers_are_not_cut_at_80_columns(monkeypatch, capsys, tmp_path, f
     run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--out_dir", tmp_path, "--data_path", tmp_path)
     said = capsys.readouterr().out
     assert "…" not in said and all(len(line) <= 80 or "torchrun" in line for line in said.splitlines())
+
+
+ALL_MODES = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "modes"),
+    [
+        (["--gpus", "8"], ["ddp", "fsdp"]),
+        (["--gpus", "1"], ["ddp"]),
+        (["--gpus", "8", "--optimizer", "adamw"], ALL_MODES),
+        (["--gpus", "8", "--optimizer", "adamw", "--dtype", "float16"], ["ddp", "fsdp"]),
+        (["--gpus", "8", "--optimizer", "adamw", "--compile", "on"], ["ddp", "fsdp"]),
+    ],
+)
+def test_the_plan_lists_the_modes_that_training_accepts_and_no_others(monkeypatch, capsys, tmp_path, flags, modes):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("trainer.config.require_packages", lambda *_: None)
+    run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--data_path", tmp_path)
+    said = capsys.readouterr().out
+    assert [name for name in table_rows(said, "--parallel") if name in ALL_MODES] == modes
+    assert max(len(line) for line in said.splitlines() if "1-pretrain.py" not in line) <= 100 and "…" not in said
+    accepted = []
+    for mode in ALL_MODES if "8" in flags else ["ddp"]:
+        with contextlib.suppress(UserError):
+            parse(load_script("1-pretrain.py").PretrainConfig, "", [*flags, "--parallel", mode])
+            accepted.append(mode)
+    assert accepted == modes
+
+
+def test_the_launch_line_is_accepted_and_describes_the_planned_run(monkeypatch, capsys, tmp_path):
+    flags = ["--dim", "4096", "--n_layers", "64", "--n_heads", "32", "--optimizer", "adamw", "--batch_size", "2"]
+    monkeypatch.setattr("trainer.config.require_packages", lambda *_: None)
+    run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--tokenizer", tmp_path / "a b", "--data_path", tmp_path)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "1-pretrain.py" in line)
+    arguments = shlex.split(line.split("1-pretrain.py")[1])
+    config = parse(load_script("1-pretrain.py").PretrainConfig, "", arguments)
+    assert (config.optimizer, config.tokenizer, config.batch_size) == ("adamw", str(tmp_path / "a b"), 2)
+    assert config.model == {"dim": 4096, "n_layers": 64, "n_heads": 32} and config.parallel.startswith("zero")
+
+
+def test_a_price_is_a_number_or_said_to_be_unknown(monkeypatch, capsys, tmp_path):
+    for flags, unknown in (([], 6), (["--price_per_hour", "2"], 0)):
+        run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--data_path", tmp_path)
+        said = capsys.readouterr().out
+        costs = [cells[-1] for cells in table_rows(said, "GPU").values() if len(cells) == 5]
+        assert len(costs) == len(GPUS) and costs.count("–") == unknown and "?" not in said
+        assert ("–: no price is known, --price_per_hour sets one" in said) == bool(unknown)
+        assert all(float(cost) > 0 for cost in costs if cost != "–")
 
 
 def test_kv_cache_has_the_planned_size():

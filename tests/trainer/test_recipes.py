@@ -97,7 +97,7 @@ def test_recipe_belle_is_an_alias():
     file = parse("3-full_sft.py", f"@{ROOT}/recipes/belle-sft.args")
     assert vars(parse("3-full_sft.py", "--recipe", "belle")) == vars(file)
     assert file.warmup == (0, 0.1)
-    with pytest.raises(UserError, match="choose one of belle"):
+    with pytest.raises(UserError, match="choose from belle"):
         parse("3-full_sft.py", "--recipe", "other")
 
 
