@@ -63,6 +63,8 @@ LAZY_IMPORTS = {
     "trainer/chat_data.py: corpus/examples.py",
     "trainer/chat_data.py: corpus/tokenize_chats.py",
     "trainer/distributed.py: trainer/heartbeat.py",
+    "6-grpo_train.py: trainer/explain.py",
+    "trainer/loop.py: trainer/explain.py",
     "trainer/metrics.py: trainer/curves.py",
     "trainer/startup.py: trainer/zero.py",
     "web_demo.py: serving/page.py",

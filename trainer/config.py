@@ -144,6 +144,10 @@ class TrainConfig(Config):
         0, "set by the deepspeed launcher", type=int_at_least(-1), aliases=("local-rank",), hidden=True
     )
 
+    explain: bool = _logging(
+        False, "print the first batch with its trained tokens marked, the shapes in the model, its parameters and what "
+        "a step costs, and stop; trains nothing",
+    )  # fmt: skip
     log_interval: int = _logging(10, "steps between log rows", type=positive_int)
     eval_interval: int = _logging(
         100, "steps between validations (a validation at the end is always made)", type=positive_int
