@@ -65,7 +65,9 @@ LAZY_IMPORTS = {
     "trainer/distributed.py: trainer/heartbeat.py",
     "6-grpo_train.py: trainer/explain.py",
     "trainer/loop.py: trainer/explain.py",
+    "evaluation/report.py: trainer/report_page.py",
     "trainer/metrics.py: trainer/curves.py",
+    "trainer/metrics.py: trainer/report_page.py",
     "trainer/startup.py: trainer/zero.py",
     "web_demo.py: serving/page.py",
 }
