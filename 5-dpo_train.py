@@ -127,7 +127,7 @@ def main() -> None:
         check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
-        if config.explain:  # explain.py computes that of the first batch
+        if config.explain:  # trainer/explain.py computes that of the first batch
             reference = dpo.no_reference(folder)
         else:
             reference = dpo.load_or_compute_reference(

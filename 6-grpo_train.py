@@ -124,7 +124,7 @@ def main() -> None:
             def first_batches(engine, row_ids):
                 return make_batches(config, rollouts, rollouts.sample(engine, 0, row_ids))
 
-            return explain(config, stage, dist, first_batches)
+            return explain(config, stage, dist, train_step, first_batches)
         train_on_rewards(config, stage, dist, rollouts)
 
 

@@ -67,7 +67,9 @@ LAZY_IMPORTS = {
     "trainer/loop.py: trainer/explain.py",
     "evaluation/report.py: trainer/report_page.py",
     "trainer/metrics.py: trainer/curves.py",
-    "trainer/metrics.py: trainer/report_page.py",
+    "trainer/run.py: trainer/report_page.py",
+    "trainer/samples.py: model/generate.py",
+    "trainer/samples.py: model/sampling.py",
     "trainer/startup.py: trainer/zero.py",
     "web_demo.py: serving/page.py",
 }

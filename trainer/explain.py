@@ -24,9 +24,8 @@ from corpus.preview import print_document
 from model.transformer import Transformer
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, to_device
-from trainer.distributed import DistContext
+from trainer.distributed import DistContext, PendingSums
 from trainer.engine import Engine
-from trainer.loop import train_step
 from trainer.loss import IGNORE_INDEX, token_log_probs
 from trainer.memory import training_memory
 from trainer.metrics import peak_memory_mb
@@ -37,9 +36,10 @@ from trainer.throughput import stage_flops_per_token
 from trainer.timer import TrainingTimer
 from trainer.train_state import micro_batch_size, resolve_global_batch_size
 
-Sample = Callable[[Engine, np.ndarray], list[Batch]]
+MakeBatches = Callable[[Engine, np.ndarray], list[Batch]]
+TrainStep = Callable[[Engine, list[Batch]], PendingSums]  # that of loop.py
 ROWS_SHOWN, TOKENS_SHOWN = 2, 160
-MEASURED_STEPS = 3  # after one that is not measured: it allocates memory
+TIMED_STEPS = 3  # after one that is not measured: it allocates memory
 PARTS = {  # name of a part -> pattern of its parameters; the first one that matches
     "LoRA matrices": r"lora_[AB]",
     "norms": r"norm\.",
@@ -53,16 +53,18 @@ PARTS = {  # name of a part -> pattern of its parameters; the first one that mat
 }
 
 
-def explain(config: TrainConfig, stage: Stage, dist: DistContext, sample: Sample | None = None) -> None:
+def explain(
+    config: TrainConfig, stage: Stage, dist: DistContext, train_step: TrainStep, make_batches: MakeBatches | None = None
+) -> None:  # fmt: skip
     """Print what the first step of this run would do, and what it costs. Several processes must all call it.
 
-    sample: makes the micro-batches of the first step from its row ids; None: those of stage.data.
+    make_batches: makes the micro-batches of the first step from its row ids; None: those of stage.data.
     """
     rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
     sampler = stage.data.batch_sampler(rows, config.seed)
     total_steps = sampler.num_steps(config.max_steps, config.epochs)
-    if sample:
-        batches = sample(Engine(config, stage, dist, stage.model), sampler.row_ids(0))
+    if make_batches:
+        batches = make_batches(Engine(config, stage, dist, stage.model), sampler.row_ids(0))
     else:
         size = micro_batch_size(config, rows, dist.world_size)
         batches = MicroBatches(stage.data, sampler, size, dist.rank, dist.world_size).micro_batches(0)
@@ -74,7 +76,7 @@ def explain(config: TrainConfig, stage: Stage, dist: DistContext, sample: Sample
         print_shapes(stage, model, batches[0], dist)
         print_parameters(model)
     del model
-    for line in measure_step(config, stage, dist, batches, total_steps):
+    for line in measure_cost(config, stage, dist, train_step, batches, total_steps):
         dist.print0(line)
 
 
@@ -185,9 +187,9 @@ def print_parameters(model: Transformer) -> None:
 
 
 # ---- the cost of a step ----------------------------------------------------------------------------------------------
-def measure_step(
-    config: TrainConfig, stage: Stage, dist: DistContext, batches: list[Batch], total_steps: int
-) -> Iterator[str]:
+def measure_cost(
+    config: TrainConfig, stage: Stage, dist: DistContext, train_step: TrainStep, batches: list[Batch], total_steps: int
+) -> Iterator[str]:  # fmt: skip
     """Train a copy of the model for a few steps. Yields the lines about FLOPs, memory and seconds."""
     config = dataclasses.replace(config, compile="off") if config.compile == "auto" else config
     copied = dataclasses.replace(stage, model=copy.deepcopy(stage.model))
@@ -195,8 +197,8 @@ def measure_step(
     seconds = []
     with make_engine(config, copied, dist) as engine:
         timer = TrainingTimer(0, 0, 0, dist)
-        for step in range(1 + MEASURED_STEPS):
-            start_step(engine, timer, step, max(total_steps, 1 + MEASURED_STEPS))
+        for step in range(1 + TIMED_STEPS):
+            start_step(engine, timer, step, max(total_steps, 1 + TIMED_STEPS))
             started, counter = time.perf_counter(), FlopCounterMode(display=False)
             if step:
                 train_step(engine, batches).read()
@@ -226,7 +228,7 @@ def measure_step(
     yield f"  FLOPs     {flops / 1e9:,.1f} GFLOP counted by torch (with the optimizer), {formula / 1e9:,.1f} by formula"
     yield f"  memory    {peak:.2f} GiB peak of this process{copies}"
     yield f"            {estimate.total / 2**30:.2f} GiB of tensors by the formula ({parts})"
-    yield f"  seconds   {each:.3f} (median of {MEASURED_STEPS}), {tokens / each:,.0f} tokens per second"
+    yield f"  seconds   {each:.3f} (median of {TIMED_STEPS}), {tokens / each:,.0f} tokens per second"
     yield f"  the run   {total_steps:,} steps: about {run} without {sampling}validations and saves"
     yield "\nNothing was trained and no file was written: leave out --explain to train."
 

@@ -33,7 +33,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     if config.explain:
         from trainer.explain import explain
 
-        explain(config, stage, dist)
+        explain(config, stage, dist, train_step)
         raise SystemExit(0)
     return run_training(config, stage, dist)
 

@@ -2,7 +2,6 @@
 
     out/{stage}_{size}.jsonl    {"step", "loss", "lr", "tokens", "tokens_per_second", ...}, validations and samples
     out/{stage}_{size}.png      the curves
-    out/report.html             the page of all runs in the folder (report_page.py)
 
 Only rank 0 writes. A failing logger prints a warning and does not stop the training.
 Read next: loop.py.
@@ -192,12 +191,6 @@ class MetricLogger:
             draw_curves(self.rows, self.path.with_suffix(".png"), self.title, curve)
         except Exception as error:
             self.warn(f"cannot draw the curves ({error})")
-        from trainer.report_page import write_page
-
-        try:
-            write_page(self.path.parent)
-        except Exception as error:
-            self.warn(f"cannot write {self.path.parent / 'report.html'} ({one_line(error)})")
 
 
 def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:

@@ -36,7 +36,10 @@ TEMPLATE = Path(__file__).with_name("report.html")
 MAX_POINTS = 400  # of a curve
 MAX_SAMPLES = 8  # steps of which the page shows samples: the first, the last and some between
 MAX_QUESTIONS, MAX_CHARACTERS = 12, 600
-MAX_BYTES = 50_000_000  # of a file with answers
+MAX_FILE_BYTES = 50_000_000  # of a file with answers
+
+# {"label", "file", "answers": {question: (text, whether it is correct or None)}, "counts": {language: accuracy}}
+Answers = dict[str, Any]
 
 
 def write_page(out_dir: PathLike, report: PathLike | None = None) -> Path:
@@ -49,8 +52,8 @@ def write_page(out_dir: PathLike, report: PathLike | None = None) -> Path:
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
-    files = sorted(folder.glob("*.json"), key=stage_order)
-    answers = list(filter(None, map(read_answers, [Path(report or folder / "eval" / "report.json"), *files])))
+    files = [Path(report or folder / "eval" / "report.json"), *sorted(folder.glob("*.json"))]
+    answers = sorted((model for file in files for model in read_answers(file)), key=model_order)
     page = template.render(
         folder=folder.resolve().name,
         runs=runs,
@@ -66,6 +69,10 @@ def stage_order(path: Path) -> tuple[int, str]:
     """Sort key: the stages in the order of training, then other files."""
     stages = list(PARENT_STAGES)
     return next((i for i, stage in enumerate(stages) if path.name.startswith(stage)), len(stages)), path.name
+
+
+def model_order(model: Answers) -> tuple[int, str]:
+    return stage_order(Path(model["label"]))
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -127,18 +134,17 @@ def draw_load(axes: Axes, load: list[list[float]]) -> None:
         for (layer, expert), value in np.ndenumerate(values):
             color = "white" if value > values.max() / 2 else "black"
             axes.text(expert, layer, f"{value:.0%}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(values.shape[1]))
+    axes.set_yticks(range(values.shape[0]))
     axes.set_xlabel(f"expert (an even load is {1 / values.shape[1]:.1%} each)")
     axes.set_ylabel("layer")
 
 
 # ---- answers and exams -----------------------------------------------------------------------------------------------
-Answers = dict[str, Any]  # {"label", "answers": {question: (text, whether it is correct or None)}, "counts"}
-
-
 def read_answers(path: Path) -> list[Answers]:
     """Return the answers of each model in a json file of 2-eval.py, [] for other files."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             return []
         content = json.loads(path.read_text(encoding="utf-8"))
         if "models" in content:
@@ -151,19 +157,20 @@ def read_answers(path: Path) -> list[Answers]:
             ]  # fmt: skip
         answers = {row["question"]: (row["answer"], row["correct"]) for row in content["answers"]}
         counts = {str(lang): float(count["accuracy"]) for lang, count in content.get("counts", {}).items()}
-        label = Path(content["checkpoint"]).stem
+        checkpoint = Path(content["checkpoint"])
+        same_folder = checkpoint.parent.name in ("", path.resolve().parent.name)
+        label = checkpoint.stem if same_folder else f"{checkpoint.parent.name}/{checkpoint.stem}"
         return [{"label": label, "counts": counts, "file": path.stem, "answers": answers}]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
-def same_questions(files: list[list[Answers]]) -> dict[str, Any]:
+def same_questions(models: list[Answers]) -> dict[str, Any]:
     """Return {"labels", "rows": [(question, [(answer, correct) or None by label])]} of questions of several models."""
     by_model: dict[str, dict[str, tuple[str, Any]]] = {}
-    for model in (model for file in files for model in file):
+    for model in models:
         known = by_model.setdefault(model["label"], {})
         known |= {question: answer for question, answer in model["answers"].items() if question not in known}
-    labels = sorted(by_model, key=lambda label: stage_order(Path(label)))
     counts: dict[str, int] = {}
     for answers in by_model.values():
         for question in answers:
@@ -172,14 +179,16 @@ def same_questions(files: list[list[Answers]]) -> dict[str, Any]:
     shared = [question for question, count in counts.items() if count == most > 1]
     if len(shared) > MAX_QUESTIONS:
         shared = [shared[i] for i in np.linspace(0, len(shared) - 1, MAX_QUESTIONS).round().astype(int)]
-    used = [label for label in labels if any(question in by_model[label] for question in shared)]
+    used = [label for label in by_model if any(question in by_model[label] for question in shared)]
     rows = [(question, [by_model[label].get(question) for label in used]) for question in shared]
     return {"labels": used, "rows": rows}
 
 
-def question_chart(files: list[list[Answers]]) -> dict[str, str] | None:
+def question_chart(models: list[Answers]) -> dict[str, str] | None:
     """Return the chart of the accuracy of every model on its questions with keys."""
-    scores = {model["file"]: model["counts"] for file in files for model in file if model["counts"]}
+    scores = {model["file"]: model["counts"] for model in models if model["counts"]}
+    if not scores:
+        return None
     languages = sorted({lang for counts in scores.values() for lang in counts})
     bars = {lang: [counts.get(lang, math.nan) for counts in scores.values()] for lang in languages}
     title = "Questions with keys 问答准确率 (2-eval.py --questions)"

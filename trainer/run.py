@@ -25,7 +25,7 @@ from trainer.datasets import Batch
 from trainer.distributed import DistContext
 from trainer.engine import Engine
 from trainer.loss_guard import NonFiniteGuard
-from trainer.metrics import MetricRow, peak_memory_mb
+from trainer.metrics import MetricRow, one_line, peak_memory_mb
 from trainer.optim import set_learning_rate
 from trainer.samples import Samples
 from trainer.stage import Stage
@@ -102,6 +102,13 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self.exits.__exit__(*error)  # type: ignore[arg-type]
+        if self.dist.is_rank0:
+            from trainer.report_page import write_page  # draws with matplotlib
+
+            try:
+                write_page(self.path.parent)
+            except Exception as problem:
+                self.logger.warn(f"cannot write {self.path.parent / 'report.html'} ({one_line(problem)})")
 
     @property
     def numbers(self) -> range:

@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.generate import generate
 from model.moe import MoEFeedForward
-from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, ChatDataset, PackedDataset, PreferenceDataset, TokenDataset, to_device
@@ -74,6 +72,9 @@ class Samples:
 
     def row(self) -> MetricRow:
         """Return the samples, and the expert load of an MoE on held-out rows."""
+        from model.generate import generate  # the lessons do not need it
+        from model.sampling import SamplingParams
+
         model, tokenizer = self.stage.model, self.stage.tokenizer
         self.prompts = self.prompts or held_out_prompts(self.stage)
         is_chat = not isinstance(next(iter(self.stage.validation.values())), PackedDataset)
@@ -101,7 +102,7 @@ class Samples:
 def held_out_prompts(stage: Stage) -> list[dict[str, Any]]:
     """Return the prompts {"language", "prompt", "reference", "ids"}: of the languages in turn, a fixed choice."""
     limit = stage.model.config.max_seq_len // 2
-    rows = [read_prompts(stage.validation[split], limit) for split in sorted(stage.validation)]
+    rows = [prompt_rows(stage.validation[split], limit) for split in sorted(stage.validation)]
     prompts = []
     for i in range(NUM_PROMPTS):
         language = sorted(stage.validation)[i % len(rows)]
@@ -125,7 +126,7 @@ def question_text(tokenizer: ChatTokenizer, ids: list[int]) -> str:
     return text.strip()
 
 
-def read_prompts(data: TokenDataset, limit: int) -> Iterator[tuple[list[int], list[int]]]:
+def prompt_rows(data: TokenDataset, limit: int) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (prompt, reference) of rows of a held-out split in a fixed order. A prompt has at most `limit` tokens."""
     is_text, is_pairs = isinstance(data, PackedDataset), isinstance(data, PreferenceDataset)
     source: Any = data.answers if isinstance(data, PreferenceDataset) else data

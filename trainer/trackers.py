@@ -19,15 +19,13 @@ from typing import Any
 from common.errors import UserError
 from trainer.config import TrainConfig
 
-Row = dict[str, Any]
-
 
 @dataclass
 class Tracker:
     """Sends the rows of a log to a tracker. `log` and `close` may raise anything."""
 
     name: str
-    log: Callable[[Row], object]
+    log: Callable[[dict[str, Any]], object]
     close: Callable[[], object] = lambda: None
 
 
@@ -64,7 +62,7 @@ def open_tensorboard(config: TrainConfig, path: Path, last_step: int) -> Tracker
     folder = path.parent / "tensorboard" / path.stem
     writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
 
-    def log(row: Row) -> None:
+    def log(row: dict[str, Any]) -> None:
         for key, value in numbers(row).items():
             writer.add_scalar(key, value, row["step"])
         for i, sample in enumerate(row.get("samples", ())):
@@ -86,7 +84,7 @@ def open_swanlab(config: TrainConfig, path: Path, last_step: int) -> Tracker:
     return Tracker("swanlab", lambda row: run.log(numbers(row), step=row["step"]), swanlab.finish)
 
 
-def numbers(row: Row) -> dict[str, float]:
+def numbers(row: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a row by name: {"val_loss": {"zh": 1.5}} becomes {"val_loss/zh": 1.5}."""
     found: dict[str, float] = {}
     for key, value in row.items():

@@ -98,7 +98,7 @@ def test_without_a_flag_short_runs_have_no_samples_and_long_ones_about_ten(train
 
 
 def test_an_error_ends_the_samples_and_not_the_run(train, monkeypatch, capsys):
-    monkeypatch.setattr(samples, "generate", lambda *_: 1 / 0)
+    monkeypatch.setattr("model.generate.generate", lambda *_: 1 / 0)
     _, rows = train("pretrain", "--sample_interval", 4, out="failing")
     assert len(losses(rows)) == STEPS and not any("samples" in row for row in rows)
     assert "".join(capsys.readouterr()).count("no samples (ZeroDivisionError: division by zero)") == 1
@@ -151,7 +151,7 @@ def test_the_bar_fits_80_columns_with_all_its_figures(pair, tmp_path, monkeypatc
     assert len(line) <= 80 and "…" not in line
     for figure in ("lora_sft 7/123456", "loss 12.346", "123,456 tok/s", "eta 62:03", "0:00:"):
         assert figure in line, line
-    printed = screen.getvalue()
+    printed = " ".join(screen.getvalue().split())
     for figure in ("12.346", "1.00e-05", "123 TFLOP/s", "32.1%", "97.7G", *(["51.2%", "0.123"] if pair else [])):
         assert figure in printed, figure
 
@@ -202,16 +202,18 @@ class FakeTracker:
 MODULES = {"wandb": "wandb", "swanlab": "swanlab", "tensorboard": "torch.utils.tensorboard"}
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("broken", ["", "init", "log", "finish"])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [*((name, "") for name in MODULES), ("wandb", "init"), ("tensorboard", "log"), ("swanlab", "init"),
+     ("swanlab", "finish")],
+)  # fmt: skip
 def test_no_tracker_stops_a_run(train, monkeypatch, capsys, name, broken):
     fake = FakeTracker(broken)
     monkeypatch.setitem(sys.modules, MODULES[name], fake)
     _, rows = train("pretrain", "--tracker", name, "--max_steps", 3, "--sample_interval", 2, out=f"{name}{broken}")
     assert len(losses(rows)) == 3
     lines = [line for line in "".join(capsys.readouterr()).splitlines() if f"{name} failed" in line]
-    has_failed = bool(broken) and (name, broken) != ("wandb", "finish")  # wandb ends its run when Python exits
-    assert len(lines) == has_failed and all("no network" in line for line in lines)
+    assert len(lines) == bool(broken) and all("no network" in line for line in lines)
     sent = {step for step, row in fake.sent for key, value in row.items() if key == "loss"}
     assert sent == (set() if broken in ("init", "log") else {1, 2, 3})
 
