@@ -24,7 +24,7 @@ from trainer.reference import Reference
 from trainer.trackers import Tracker
 
 MetricRow = dict[str, Any]
-SHOWN_PROMPT, SHOWN_ANSWER = 60, 160  # characters of a sample on the screen
+SHOWN_PROMPT, SHOWN_ANSWER = 60, 100  # characters of a sample on the screen
 
 
 def peak_memory_mb(device_type: str) -> float:

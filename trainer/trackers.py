@@ -81,7 +81,12 @@ def open_swanlab(config: TrainConfig, path: Path, last_step: int) -> Tracker:
     run: Any = swanlab.init(
         project=config.wandb_project, experiment_name=config.wandb_run_name or path.stem, config=settings, mode=mode
     )
-    return Tracker("swanlab", lambda row: run.log(numbers(row), step=row["step"]), swanlab.finish)
+
+    def log(row: dict[str, Any]) -> None:
+        if found := numbers(row):  # it reports an error for an empty row
+            run.log(found, step=row["step"])
+
+    return Tracker("swanlab", log, swanlab.finish)
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -178,6 +178,7 @@ class FakeTracker:
 
     def log(self, row, step):
         self.check("log")
+        assert row, "SwanLab rejects an empty row"
         self.sent.append((step, row))
 
     def finish(self):
