@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script, tiny_model
+from tests.helpers import (
+    EXACT_FLAGS,
+    ROOT,
+    TINY_MODEL_FLAGS,
+    load_weights,
+    read_jsonl,
+    run_process,
+    run_script,
+    tiny_model,
+)
 from trainer import samples
 from trainer.metrics import MetricLogger, bar_text, shorten
 from trainer.run import Run
@@ -229,3 +238,18 @@ def test_a_missing_tracker_names_its_package(train, monkeypatch, name):
 def test_nested_metrics_become_paths():
     row = {"step": 3, "val_loss": {"zh": 1.5, "en": 2}, "lr": 0.1, "samples": [{"prompt": "a"}]}
     assert numbers(row) == {"val_loss/zh": 1.5, "val_loss/en": 2, "lr": 0.1}
+
+
+def test_two_processes_sample_on_the_first_one_and_train_the_same(pretrain_dir, tokenizer_dir, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, *TINY_MODEL_FLAGS, *EXACT_FLAGS]
+    found = []
+    for interval in (0, 2):
+        folder = tmp_path / f"every{interval}"
+        more = ["--batch_size", "2", "--max_steps", "5", "--sample_interval", interval, "--out_dir", folder]
+        result = run_process(*torchrun, ROOT / "1-pretrain.py", *flags, *more)
+        assert result.returncode == 0, result.stderr
+        found.append((load_weights(folder / "pretrain_32.pth"), read_jsonl(folder / "pretrain_32.jsonl")))
+    (without, _), (weights, rows) = found
+    assert all(torch.equal(weights[name], without[name]) for name in weights)
+    assert [row["step"] for row in rows if "samples" in row] == [0, 2, 4, 5]
