@@ -40,7 +40,7 @@ class Samples:
 
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext, total_steps: int) -> None:
         self.stage, self.dist, self.is_automatic = stage, dist, config.sample_interval is None
-        self.interval, self.seconds, self.last_step = config.sample_interval or 0, 0.0, -1
+        self.interval, self.seconds = config.sample_interval or 0, 0.0
         if self.is_automatic and total_steps >= MIN_STEPS:
             self.interval = -(-total_steps // TIMES)
         if stage.loss_unit == "answer" or not stage.validation:  # rollouts are logged by grpo.py
@@ -60,9 +60,11 @@ class Samples:
         training_seconds: of this session, for the limit. An error ends the samples, not the training.
         """
         is_late = self.is_automatic and self.seconds > MAX_FRACTION * training_seconds
-        if not self.interval or not self.dist.is_rank0 or step == self.last_step or is_late:
+        if not self.interval or not self.dist.is_rank0 or is_late:
             return
-        started, self.last_step = time.perf_counter(), step
+        if any(row["step"] == step and "samples" in row for row in logger.rows):  # a resumed run ends again
+            return
+        started = time.perf_counter()
         try:
             logger.log_samples({"step": step} | self.row())
         except Exception as error:
