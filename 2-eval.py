@@ -20,7 +20,8 @@ Tools (evaluation/tools.py): a call in an answer is run and its result put into 
 without a call. Tools only compute; they run no generated code.
 --report compares the given models, or every stage in --out_dir. It writes a Markdown page and a json file: all answers,
 bits per byte of --texts, loss by position up to 4 times the trained length, loss on --chats, repetition, speed, and
-continuations of answers that begin with a harmful agreement (shown, not scored).
+continuations of answers that begin with a harmful agreement (shown, not scored). The answers also stand on the page of
+the runs in --out_dir, report.html.
 NAME=http://HOST/v1 is a model served with OpenAI's API (append #MODEL to choose one of several): the server gets the
 prompts; figures that it cannot provide are shown as "–". No data leaves the machine unless --report or --judge names a
 server. The judge (API key in OPENAI_API_KEY) gets the prompts and answers, not the names of the models.

@@ -131,7 +131,12 @@ def main() -> None:
         check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
-        reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size)
+        if config.explain:  # trainer/explain.py computes that of the first batch
+            reference = dpo.no_reference(folder)
+        else:
+            reference = dpo.load_or_compute_reference(
+                dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size
+            )
         pairs = {
             split.removeprefix("val_"): PreferenceDataset(folder, split, tokenizer.pad_id, log_probs)
             for split, log_probs in reference.items()
@@ -140,7 +145,8 @@ def main() -> None:
         stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair", source=source)
         first_loss = {"dpo": math.log(2), "ipo": 1 / (4 * config.beta**2)}.get(config.loss)
         stage.early_stop = dpo.chosen_drop_stop(config.max_chosen_drop, first_loss, file, dist)
-        stage.final_metrics = dpo.measure_repetition(dist, model, tokenizer, pairs)
+        if not config.explain:
+            stage.final_metrics = dpo.measure_repetition(dist, model, tokenizer, pairs)
         train(config, stage, dist)
 
 

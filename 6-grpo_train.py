@@ -79,15 +79,20 @@ def compute_loss(model, batch, config):
     return total + aux_loss, {"aux_loss": aux_loss} | grpo.policy_metrics(log_probs, batch, kl, is_clipped)
 
 
+def make_batches(config, rollouts, groups):
+    """Return the micro-batches of a step: the answers with their advantages and weights."""
+    rewards = torch.tensor([[score.total for score in group.scores] for group in groups])
+    lengths = rollouts.trained_lengths(groups)
+    weights = token_weights(lengths, rollouts.mean_length(lengths), config)
+    return rollouts.batches(groups, group_advantages(rewards, config.loss).flatten(), lengths, weights)
+
+
 @with_run_lock
 def train_on_rewards(config, stage, dist, rollouts):
     with Run(config, stage, dist, rollouts.validate) as run:
         for step, lr in run.steps():
             groups = rollouts.sample(run.engine, step, run.sampler.row_ids(step))  # G answers to each prompt
-            rewards = torch.tensor([[score.total for score in group.scores] for group in groups])
-            lengths = rollouts.trained_lengths(groups)
-            weights = token_weights(lengths, rollouts.mean_length(lengths), config)
-            batches = rollouts.batches(groups, group_advantages(rewards, config.loss).flatten(), lengths, weights)
+            batches = make_batches(config, rollouts, groups)
             sums = [train_step(run.engine, batches).read() for _ in range(config.inner_steps)]
             rollouts.log_samples(run.logger, step + 1, groups)
             run.end_step(grpo.mean_sums(sums), batches, lr, **rollouts.metrics(groups))
@@ -114,7 +119,15 @@ def main() -> None:
         stage.early_stop = grpo.collapse_stop(config)
         if config.lora_rank:
             record_parent(model, source, stage.checkpoint_path(config.out_dir), open_folder)
-        train_on_rewards(config, stage, dist, grpo.Rollouts(config, stage, dist, reference, tools))
+        rollouts = grpo.Rollouts(config, stage, dist, reference, tools)
+        if config.explain:
+            from trainer.explain import explain
+
+            def first_batches(engine, row_ids):
+                return make_batches(config, rollouts, rollouts.sample(engine, 0, row_ids))
+
+            return explain(config, stage, dist, train_step, first_batches)
+        train_on_rewards(config, stage, dist, rollouts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Samples of tokenized examples for `data_process.py --check`, which writes nothing.
+"""Samples of tokenized examples for `data_process.py --check` and --explain, which write nothing.
 
     trained tokens of a chat: coloured, or [[in brackets]] if stdout is not a terminal
     text: split into tokens by |
@@ -80,10 +80,11 @@ def print_samples(samples: list[Sample], tokenizer: ChatTokenizer, names: Sequen
     """Print all documents of the samples. `names`: of the documents of each sample."""
     for *_, title, documents in samples:
         for number, (ids, mask, _) in enumerate(documents):
-            _print_document(tokenizer, f"{names[number]}, {title}" if names else title, ids, mask)
+            print_document(tokenizer, f"{names[number]}, {title}" if names else title, ids, mask)
 
 
-def _print_document(tokenizer: ChatTokenizer, title: str, ids: list[int], mask: list[int]) -> None:
+def print_document(tokenizer: ChatTokenizer, title: str, ids: list[int], mask: list[int]) -> None:
+    """Print a document with its trained tokens marked; without a mask its tokens are separated by |."""
     console = Console(highlight=False)
     console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
     line = Text()

@@ -6,7 +6,8 @@
 Models are loaded one at a time. All files and servers are checked before the first model runs. If a server stops
 answering, the report of the other models is written and the command ends with the server's error. Results are
 reproducible: the seed is --seed or 0, and prompt i is sampled with seed + i for every model.
-Writes  out/eval/report.md and .json (or the path of --json), and with --judge .verdicts.jsonl next to them.
+Writes  out/eval/report.md and .json (or the path of --json), and with --judge .verdicts.jsonl next to them; the answers
+        also stand on the page of the runs, out/report.html (trainer/report_page.py).
 Read next: bits_per_byte.py, ../model/repetition.py (the measures), judge.py, report_markdown.py (the page).
 """
 
@@ -93,7 +94,10 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
         texts_of_prompts = [prompt for *_, prompt in prompt_rows]
         report["judge"] = judge_answers(client, texts_of_prompts, answers, verdicts, seed=config.seed or 0)
         write_report_files(report, json_path)
-    print(f"written: {json_path.with_suffix('.md')} and {json_path}", flush=True)
+    from trainer.report_page import write_page  # matplotlib takes a second to import
+
+    page = write_page(config.out_dir, json_path)
+    print(f"written: {json_path.with_suffix('.md')}, {json_path} and {page}", flush=True)
     if report["failed"]:
         raise UserError(f"{next(iter(report['failed'].values()))}; the report of the other models is written")
 

@@ -21,17 +21,19 @@ from tests.helpers import force_tokens, make_chat_row, write_shards
 
 @pytest.fixture(scope="session", autouse=True)
 def without_curves():
-    """Trainings in this process draw no curves: that takes longer than most of them. Fixture `curves`: they do."""
-    stub = types.ModuleType("trainer.curves")
-    stub.draw_curves = lambda *_: None
+    """Trainings in this process draw no curves and no page: that takes longer than most. Fixture `curves`: they do."""
+    stubs = {name: types.ModuleType(name) for name in ("trainer.curves", "trainer.report_page")}
+    stubs["trainer.curves"].draw_curves = stubs["trainer.report_page"].write_page = lambda *_: None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "trainer.curves", stub)
+        for name, stub in stubs.items():
+            patch.setitem(sys.modules, name, stub)
         yield
 
 
 @pytest.fixture
 def curves(monkeypatch):
     monkeypatch.delitem(sys.modules, "trainer.curves")
+    monkeypatch.delitem(sys.modules, "trainer.report_page")
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,13 @@ LAZY_IMPORTS = {
     "trainer/chat_data.py: corpus/examples.py",
     "trainer/chat_data.py: corpus/tokenize_chats.py",
     "trainer/distributed.py: trainer/heartbeat.py",
+    "6-grpo_train.py: trainer/explain.py",
+    "trainer/loop.py: trainer/explain.py",
+    "evaluation/report.py: trainer/report_page.py",
     "trainer/metrics.py: trainer/curves.py",
+    "trainer/run.py: trainer/report_page.py",
+    "trainer/samples.py: model/generate.py",
+    "trainer/samples.py: model/sampling.py",
     "trainer/startup.py: trainer/zero.py",
     "web_demo.py: serving/page.py",
 }

@@ -46,6 +46,7 @@ from corpus.mixing import MixSpec, parse_mix
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
 
+TRACKERS = ("none", "wandb", "tensorboard", "swanlab")
 PARALLEL_MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 # The fields of ModelConfig that set the size of a model.
 SIZE_FIELDS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "use_moe"}
@@ -154,6 +155,10 @@ class TrainConfig(RunFlags):
         0, "set by the deepspeed launcher", type=int_at_least(-1), aliases=("local-rank",), hidden=True
     )
 
+    explain: bool = _logging(
+        False, "print the first batch with its trained tokens marked, the shapes in the model, its parameters and what "
+        "a step costs, and stop; trains nothing",
+    )  # fmt: skip
     log_interval: int = _logging(10, "steps between log rows", type=positive_int)
     eval_interval: int = _logging(
         100, "steps between validations (a validation at the end is always made)", type=positive_int
@@ -161,9 +166,21 @@ class TrainConfig(RunFlags):
     eval_tokens: int = _logging(
         16_384, "tokens per validation and language; eight times as many at the end", type=positive_int
     )
-    use_wandb: bool = _logging(False, "also log to Weights & Biases (offline unless WANDB_MODE is set)")
-    wandb_project: str = _logging("mengya", "its project", type=non_empty_text)
-    wandb_run_name: str | None = _logging(None, "its run name", type=non_empty_text)
+    sample_interval: int | None = _logging(
+        None, "steps between answers to three held-out prompts, on the screen and in the log (if omitted: about ten "
+        "times a run, in at most 3 % of its time; 0: none)", type=non_negative_int,
+    )  # fmt: skip
+    tracker: str = _logging(
+        "none", "also log to wandb (offline unless WANDB_MODE is set), tensorboard (in out_dir/tensorboard) or swanlab "
+        "(offline unless SWANLAB_MODE is set)", choices=TRACKERS,
+    )  # fmt: skip
+    use_wandb: bool = _logging(False, "the same as --tracker wandb")
+    wandb_project: str = _logging(
+        "mengya", "project in wandb or swanlab", type=non_empty_text, aliases=("tracker_project",)
+    )
+    wandb_run_name: str | None = _logging(
+        None, "name of the run in wandb or swanlab", type=non_empty_text, aliases=("tracker_run_name",)
+    )
 
     def __post_init__(self) -> None:
         if not self.learning_rate:

@@ -77,6 +77,11 @@ def load_or_compute_reference(
     return log_probs
 
 
+def no_reference(folder: str) -> dict[str, Tensor]:
+    """Return {split: zeros, (tokens,)}: for --explain, which needs the reference of one batch."""
+    return {split: torch.zeros(entry["tokens"]) for split, entry in read_meta(folder)["splits"].items()}
+
+
 def read_reference(path: Path, key: dict[str, str], splits: Collection[str]) -> dict[str, Tensor] | None:
     """Return the log-probabilities in a file, or None if it is missing, damaged or of other inputs."""
     try:

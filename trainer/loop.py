@@ -28,8 +28,18 @@ from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, micro_batch_size
 
 
-@with_run_lock
 def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
+    """Train the stage. Returns the checkpoint's path. --explain prints the first step instead and ends the process."""
+    if config.explain:
+        from trainer.explain import explain
+
+        explain(config, stage, dist, train_step)
+        raise SystemExit(0)
+    return run_training(config, stage, dist)
+
+
+@with_run_lock
+def run_training(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     """Train until the last step, the time limit, an early stop or a signal, then save. Returns the checkpoint's path.
 
     Resumes an interrupted run of the same stage. Raises UserError if the run has no steps, if it diverges or ends with

@@ -1,6 +1,6 @@
-"""MetricLogger: terminal output, a JSON line per logged step, a plot of the curves, and optionally wandb.
+"""MetricLogger: terminal output, a JSON line per logged step, a plot of the curves, and optionally a tracker.
 
-    out/{stage}_{size}.jsonl    {"step", "loss", "lr", "tokens", "tokens_per_second", ...} and validation rows
+    out/{stage}_{size}.jsonl    {"step", "loss", "lr", "tokens", "tokens_per_second", ...}, validations and samples
     out/{stage}_{size}.png      the curves
 
 Only rank 0 writes. A failing logger prints a warning and does not stop the training.
@@ -9,22 +9,22 @@ Read next: loop.py.
 
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from common.errors import UserError
+from common.errors import escape_controls
 from common.files import write_text
 from common.metric_keys import with_current_metric_keys
 from trainer.reference import Reference
+from trainer.trackers import Tracker
 
 MetricRow = dict[str, Any]
+SHOWN_PROMPT, SHOWN_ANSWER = 60, 100  # characters of a sample on the screen
 
 
 def peak_memory_mb(device_type: str) -> float:
@@ -50,7 +50,7 @@ def peak_memory_mb(device_type: str) -> float:
 class MetricLogger:
     """The log of one run: `log` for training steps, `log_validation` for validations, `close` draws the curves.
 
-    On a terminal it shows a progress bar; elsewhere it prints a line per logged step. With a `reference` it prints now
+    It prints a line per logged step; on a terminal a progress bar stays below them. With a `reference` it prints now
     and then where the run lies among the reference runs.
     """
 
@@ -62,22 +62,24 @@ class MetricLogger:
         self.total_steps = total_steps
         self.recent_bits: list[float] = []  # per byte, of the steps since the last logged row
         self.bar: Progress | None = None
-        self.tracker: Callable[[MetricRow], None] | None = None
+        self.tracker: Tracker | None = None
         if not is_rank0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_log_rows(path, last_step)  # without the rows after the saved step: those steps run again
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = path.open("a", encoding="utf-8")
+        if reference and reference.curve is not None and not self.rows:
+            self.write_row({"step": 0, "reference": reference.curve.tolist()})  # for the page, also of later stages
         console = Console()
         if console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                TextColumn("{task.description} {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),  # takes the columns that the others leave
                 TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
             )
-            self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
+            self.bar = Progress(*columns, console=console, expand=True)
             self.task = self.bar.add_task(title, total=total_steps, completed=last_step, text="")
             self.bar.start()
 
@@ -91,17 +93,17 @@ class MetricLogger:
         """Print a line, above the progress bar if there is one. "" prints nothing."""
         if self.is_rank0 and text:
             if self.bar:
-                self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self.bar.console.print(text, highlight=False, markup=False)  # wraps between words
             else:
                 print(text, flush=True)
 
     def log(self, row: MetricRow, is_due: bool) -> None:
-        """Show a training step in the progress bar. If it is due, log it to the file, to wandb and to the terminal.
+        """Show a training step in the progress bar. If it is due, log it to the file, the tracker and the terminal.
 
         train_bits_per_byte of a logged row is the mean of the steps since the row before: single steps vary by 5 %.
         """
         if self.is_rank0 and self.bar:
-            self.bar.update(self.task, completed=row["step"], text=format_metrics(row))
+            self.bar.update(self.task, completed=row["step"], text=bar_text(row))
         if not self.is_rank0:
             return
         self.recent_bits.append(row.get("train_bits_per_byte", math.nan))
@@ -111,8 +113,8 @@ class MetricLogger:
             row = row | {"train_bits_per_byte": sum(finite) / len(finite)}
         self.recent_bits.clear()
         self.write_row(row)
-        if not self.bar:
-            print(f"{self.title} {row['step']}/{self.total_steps} {format_metrics(row)}", flush=True)
+        title = "" if self.bar else f"{self.title} "
+        self.print(f"{title}{row['step']}/{self.total_steps} {format_metrics(row)}")
         if self.reference:
             self.print(self.reference.statement(self.rows, is_last=row["step"] == self.total_steps))
 
@@ -138,6 +140,15 @@ class MetricLogger:
             shown.append(f"{split} loss {loss:.3f}{more}")
         self.print(f"step {row['step']}: validation {', '.join(shown)}")
 
+    def log_samples(self, row: MetricRow) -> None:
+        """Log {"step", "samples": [{"language", "prompt", "answer", "reference"}]} and print the answers."""
+        if not self.is_rank0:
+            return
+        self.write_row(row)
+        for sample in row["samples"]:
+            prompt = shorten(sample["prompt"], SHOWN_PROMPT)
+            self.print(f"step {row['step']}: {prompt} → {shorten(sample['answer'], SHOWN_ANSWER)}")
+
     def write_row(self, row: MetricRow) -> None:
         self.rows.append(row)
         try:
@@ -147,9 +158,9 @@ class MetricLogger:
             self.warn(f"cannot write {self.path}: {error}; training continues")
         if self.tracker:
             try:
-                self.tracker(row)
-            except Exception as error:  # no error of wandb may end the run
-                self.warn(f"wandb failed ({error}); training continues without it")
+                self.tracker.log(row)
+            except Exception as error:  # no error of a tracker may end the run
+                self.warn(f"{self.tracker.name} failed ({one_line(error)}); training continues without it")
                 self.tracker = None
 
     def warn(self, text: str) -> None:
@@ -168,10 +179,15 @@ class MetricLogger:
             self.file.close()
         except OSError as error:
             self.warn(f"cannot write {self.path}: {error}")
+        if self.tracker:
+            try:
+                self.tracker.close()
+            except Exception as error:
+                self.warn(f"{self.tracker.name} failed ({one_line(error)})")
         from trainer.curves import draw_curves  # matplotlib takes a second to import
 
+        curve = self.reference.curve if self.reference else None
         try:
-            curve = self.reference.curve if self.reference else None
             draw_curves(self.rows, self.path.with_suffix(".png"), self.title, curve)
         except Exception as error:
             self.warn(f"cannot draw the curves ({error})")
@@ -211,6 +227,25 @@ def is_log_row(row: Any) -> bool:
     )
 
 
+def one_line(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def shorten(text: str, limit: int) -> str:
+    """Return a text of a model on one line, safe to print, with at most `limit` characters."""
+    text = escape_controls(" ".join(text.split()))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def bar_text(row: MetricRow) -> str:
+    """Return the few figures that stand beside the progress bar; `format_metrics` has all of them."""
+    left = row.get("seconds_left")
+    eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
+    value = f"reward {row['reward']:.3f}" if "reward" in row else f"loss {row['loss']:.3f}"
+    return f"{value} {row['tokens_per_second']:,.0f} tok/s{eta}"
+
+
 def format_metrics(row: MetricRow) -> str:
     """Return the line of a training step: loss, learning rate, tokens and FLOPs per second, time left, memory."""
     left = row.get("seconds_left")
@@ -236,17 +271,3 @@ def format_preference_metrics(accuracy: float, margin: float) -> str:
 
 def format_reward_metrics(reward: float, passed: float) -> str:
     return f" reward {reward:.3f} pass@1 {passed:.1%}"
-
-
-def open_wandb(project: str, name: str | None, config: MetricRow) -> Callable[[MetricRow], None]:
-    """Start a wandb run and return a function that sends it rows. Raises UserError if wandb is not installed.
-
-    Offline unless WANDB_MODE is set: in online mode wandb waits for a network.
-    """
-    os.environ.setdefault("WANDB_MODE", "offline")
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--use_wandb needs wandb: pip install wandb") from None
-    run = wandb.init(project=project, name=name, config=config)
-    return lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

@@ -25,8 +25,9 @@ from trainer.datasets import Batch
 from trainer.distributed import DistContext
 from trainer.engine import Engine
 from trainer.loss_guard import NonFiniteGuard
-from trainer.metrics import MetricRow, peak_memory_mb
+from trainer.metrics import MetricRow, one_line, peak_memory_mb
 from trainer.optim import set_learning_rate
+from trainer.samples import Samples
 from trainer.stage import Stage
 from trainer.startup import check_first_loss, log_startup, make_engine, open_logger
 from trainer.throughput import Throughput
@@ -86,6 +87,7 @@ class Run:
         self.throughput = Throughput(stage, dist)
         done = self.state.step / self.total_steps
         self.timer = TrainingTimer(config.max_minutes, done, self.state.seconds, dist, bool(stage.plan))
+        self.samples = Samples(config, stage, dist, self.total_steps)
         self.checkpoints = CheckpointWriter(config, stage, self.engine, self.guard, saved is not None)
         # An early stop whose final validation or save is missing.
         self.stop = stop_reason(self.state, self.total_steps, self.timer)
@@ -94,10 +96,19 @@ class Run:
     def __enter__(self) -> "Run":
         for each in (self.engine, self.logger, self.checkpoints):
             self.exits.enter_context(each)
+        if not self.state.step:
+            self.samples.take(self.logger, 0, 0.0)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.exits.__exit__(*error)  # type: ignore[arg-type]
+        if self.dist.is_rank0:
+            from trainer.report_page import write_page  # draws with matplotlib
+
+            try:
+                write_page(self.path.parent)
+            except Exception as problem:
+                self.logger.warn(f"cannot write {self.path.parent / 'report.html'} ({one_line(problem)})")
 
     @property
     def numbers(self) -> range:
@@ -105,8 +116,8 @@ class Run:
         return range(self.state.step, self.state.step if self.stop else self.total_steps)
 
     def is_due(self, step: int) -> bool:
-        """Whether a validation or a save follows step number `step`, counted from 1."""
-        return step % self.config.eval_interval == 0 or self.checkpoints.is_due(step)
+        """Whether a validation, samples or a save follow step number `step`, counted from 1."""
+        return step % self.config.eval_interval == 0 or self.samples.is_due(step) or self.checkpoints.is_due(step)
 
     def steps(self) -> Iterator[tuple[int, float]]:
         """Yield (number, learning rate) of each step until the run stops, for loops that end one step before the next.
@@ -142,6 +153,8 @@ class Run:
             return
         if state.step % config.eval_interval == 0:
             self.logger.log_validation(self.validate(self.engine, state, config.eval_tokens))
+        if self.samples.is_due(state.step):
+            self.samples.take(self.logger, state.step, self.timer.session_seconds)
         if self.checkpoints.is_due(state.step):
             self.checkpoints.save(state)
 
@@ -160,6 +173,8 @@ class Run:
             self.logger.log_validation(state.validation)
             self.guard.check_validation(state.validation.get("val_loss", {}))
             self.checkpoints.save(state, final=True)
+        if self.stop.is_final:
+            self.samples.take(self.logger, state.step, math.inf)
         self.checkpoints.finish(complete=self.stop.is_final)
         self.dist.print0(self.throughput.summary(peak_memory_mb(self.dist.device.type)))
         end = describe_stop(self.stop, state, self.total_steps, config.max_minutes)

@@ -3,7 +3,6 @@
 Read next: loop.py.
 """
 
-import dataclasses
 import math
 
 from corpus.provenance import data_provenance, format_provenance
@@ -13,10 +12,11 @@ from trainer.datasets import to_device
 from trainer.distributed import DistContext
 from trainer.engine import DDPEngine, Engine, FSDPEngine
 from trainer.memory import training_memory
-from trainer.metrics import MetricLogger, open_wandb
+from trainer.metrics import MetricLogger
 from trainer.reference import reference_for
 from trainer.sampler import BatchSampler
 from trainer.stage import Stage
+from trainer.trackers import open_tracker
 from trainer.train_state import TrainState
 
 NEEDS_CHAT_MODEL = ("lora_sft", "dpo", "grpo")
@@ -90,8 +90,8 @@ def open_logger(
         warmup, step_tokens = max(steps, ratio * total_steps), state.rows_per_step * model_config.max_seq_len
         reference = reference_for(model_config, step_tokens, warmup, config.optimizer)
     logger = MetricLogger(path, stage.name, total_steps, state.step, dist.is_rank0, reference)
-    if config.use_wandb and dist.is_rank0:
-        logger.tracker = open_wandb(config.wandb_project, config.wandb_run_name, dataclasses.asdict(config))
+    if dist.is_rank0:
+        logger.tracker = open_tracker(config, path, state.step)
     return logger
 
 

@@ -274,7 +274,11 @@ class FaultHarness:
                 f"{after}: {folder} is partly written: {describe_difference(mine, wanted)}"
             )
         for name, value in found.items():
-            if is_unfinished(name) or name.endswith(stage.steps or ("\0",)) or name.endswith((".jsonl", ".png")):
+            if (
+                is_unfinished(name)
+                or name.endswith(stage.steps or ("\0",))
+                or name.endswith((".jsonl", ".png", ".html"))
+            ):
                 continue  # comparable_contents has read it
             assert value in (before.get(name), new.get(name)), f"{after}: {name} is neither the older nor the new one"
 
@@ -334,6 +338,9 @@ def comparable_content(path: Path) -> Any:
     if end == ".jsonl":  # a log may end in a truncated line, which the next run drops
         rows = [without_volatile(json.loads(line)) for line in data.split(b"\n")[:-1] if line]
         return sorted(rows) if ".scores-" in path.name else rows  # scores are appended as they are computed
+    if end == ".html":  # the page of the runs, with their durations
+        assert data.rstrip().endswith(b"</html>"), "a truncated page"
+        return "a page"
     if end == ".png":
         assert data[:4] == b"\x89PNG" and data[-8:-4] == b"IEND", "a truncated image"
         return "an image"

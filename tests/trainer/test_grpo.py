@@ -124,7 +124,7 @@ def test_the_reward_rises_and_is_logged(curves, grpo, monkeypatch, capsys):
         and entry["validation"]["val_reward"].keys() == {"zh", "en"}
     )
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == [
-        "full_sft_32.pth", "grpo_32.jsonl", "grpo_32.png", "grpo_32.pth"
+        "full_sft_32.pth", "grpo_32.jsonl", "grpo_32.png", "grpo_32.pth", "report.html"
     ]  # fmt: skip
     run_script(
         monkeypatch, "2-eval.py", "--out_dir", folder, "--prompt", "hi", "--max_new_tokens", 2, "--device", "cpu"

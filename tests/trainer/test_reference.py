@@ -249,7 +249,7 @@ def test_the_picture_shows_the_band_in_nats_per_token(curves, monkeypatch, healt
     record = lambda axes, *given, **options: bands.append(given) or real(axes, *given, **options)
     monkeypatch.setattr(Axes, "fill_between", record)
     folder, _ = pretrain("--seed", "2")
-    assert (folder / "pretrain_32.png").is_file() and len(bands) == 1
+    assert (folder / "pretrain_32.png").is_file() and len(bands) == 2, "in the picture and on the page of the runs"
     tokens, low, high = bands[0]
     rows = [row for row in read_jsonl(healthy / "pretrain_32.jsonl") if "loss" in row]
     assert tokens == pytest.approx([row["tokens"] / 1e6 for row in rows])
