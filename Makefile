@@ -1,5 +1,6 @@
 # make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
 # make demo-rl further steps: a calculator, thoughts, reinforcement learning; about four minutes more
+# make experiments  what happens without RMSNorm, without RoPE, …: a picture and a sentence each; out/experiments
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
@@ -11,7 +12,7 @@ RUN = $(VENV)/bin/python
 # One worker per core, at most 8: each needs about 1.5 GB. An idle worker takes tests from another one.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-rl demo-clean test faults check audit format clean
+.PHONY: demo demo-rl experiments demo-clean test faults check audit format clean
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -19,8 +20,11 @@ demo: $(VENV)/.core
 demo-rl: $(VENV)/.core
 	$(RUN) demo.py --rl
 
+experiments: $(VENV)/.core
+	$(RUN) demo.py --experiment all
+
 demo-clean:
-	rm -rf out/demo
+	rm -rf out/demo out/experiments
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"

@@ -24,9 +24,7 @@ def forget_reference(stage: Stage) -> None:
 
 def dpo_no_reference(space: Workspace) -> str:
     flags = "--batch_size 16 --learning_rate 1e-3 --max_steps 60"
-    arms = space.train_all(
-        "5-dpo_train.py", {"with reference": (flags, None), "without": (flags, forget_reference)}, seeds=(0, 1)
-    )
+    arms = space.train_all("5-dpo_train.py", {"with reference": (flags, None), "without": (flags, forget_reference)})
     chosen = {name: [arm.validated("val_chosen_logp_delta") for arm in group] for name, group in arms.items()}
     far = {name: [arm.validated("val_kl") for arm in group] for name, group in arms.items()}
     ranked = {name: [arm.validated("val_reward_accuracy") for arm in group] for name, group in arms.items()}

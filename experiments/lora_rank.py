@@ -5,7 +5,7 @@
 Read next: ../model/lora.py, ../4-lora_sft.py.
 """
 
-from evaluation.qa_data import read_keyed_questions
+from evaluation.qa_data import KeyedQuestion, read_keyed_questions
 from experiments.pictures import compared, draw_losses, draw_points, new_picture, span
 from experiments.training import ANSWER_TOKENS, Workspace, answer_all, fraction_correct
 from model.lora import adapter_state
@@ -26,7 +26,7 @@ def lora_rank(space: Workspace) -> str:
     old = old[:: max(1, len(old) // QUESTIONS)]
     settings = SamplingParams(max_new_tokens=ANSWER_TOKENS)
 
-    def correct(rows):
+    def correct(rows: list[KeyedQuestion]) -> dict[str, list[float]]:
         return {
             name: [fraction_correct(answer_all(arm.model, arm.tokenizer, rows, settings), rows) for arm in group]
             for name, group in arms.items()
@@ -41,7 +41,8 @@ def lora_rank(space: Workspace) -> str:
         f"Rank 1 trains {trained[low]:,} parameters, rank 64 {trained[high]:,}; the validation loss of rank 1 is "
         f"{compared(losses[low], losses[high])} ({span(losses[low])} against {span(losses[high])} nats per token), "
         f"it answers {span(known[low], percent)} of the questions about the new name "
-        f"(rank 64 {span(known[high], percent)}) and {span(kept[low], percent)} of the others (rank 64 {span(kept[high], percent)})."
+        f"(rank 64 {span(known[high], percent)}) and {span(kept[low], percent)} of the others "
+        f"(rank 64 {span(kept[high], percent)})."
     )
     figure, (left, middle, right) = new_picture(3)
     draw_losses(left, arms)

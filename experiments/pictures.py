@@ -78,15 +78,18 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 # ---- words -----------------------------------------------------------------------------------------------------------
 def span(values: Sequence[float], form: str = "{:.2f}") -> str:
     """Return "2.31", or "2.31 to 2.35" if the seeds differ in the printed digits."""
-    low, high = form.format(min(values)), form.format(max(values))
+    low, high = (form.format(each) if np.isfinite(each) else "diverged" for each in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def compared(values: Sequence[float], control: Sequence[float]) -> str:
-    """Return "higher", "lower", or "not clearly different": whether the ranges of the seeds lie apart.
+    """Return "higher", "lower", "not clearly different" or "unknown": whether the ranges of the seeds lie apart.
 
     Apart means by more than the wider of both ranges, so that two seeds do not suggest a difference by chance.
+    Unknown: a run diverged, so it has no value.
     """
+    if not np.isfinite([*values, *control]).all():
+        return "unknown"
     spread = max(max(values) - min(values), max(control) - min(control))
     if min(values) - max(control) > spread:
         return "higher"

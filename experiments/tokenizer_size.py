@@ -18,7 +18,7 @@ def tokenizer_size(space: Workspace) -> str:
     arms: dict[int, list[Arm]] = {size: [] for size in SIZES}
     for size in SIZES:
         data = space.text_flags(size)
-        for seed in (0, 1):
+        for seed in space.seeds:
             arm = space.train("1-pretrain.py", f"{SMALL_MODEL} --epochs 0.1", seed, data=data)
             arms[size].append(arm)
             print(f"{size:,} entries, seed {seed}: {arm.validated('bits_per_byte'):.3f} bits per byte "
@@ -30,9 +30,9 @@ def tokenizer_size(space: Workspace) -> str:
     best = min(SIZES, key=lambda size: sum(bits[size]))
     sentence = (
         f"The same text is {tokens[low] / tokens[high]:.1f} times as many tokens with {low:,} entries as with "
-        f"{high:,}; the lowest bits per byte are those of {best:,} entries ({span(bits[best])}; {low:,}: {span(bits[low])}, "
-        f"{high:,}: {span(bits[high])}), and training took {seconds[low]:.0f} CPU seconds with {low:,} and "
-        f"{seconds[high]:.0f} with {high:,}."
+        f"{high:,}; the lowest bits per byte are those of {best:,} entries ({span(bits[best])}; "
+        f"{low:,}: {span(bits[low])}, {high:,}: {span(bits[high])}), and training took {seconds[low]:.0f} CPU seconds "
+        f"with {low:,} and {seconds[high]:.0f} with {high:,}."
     )
     figure, panels = new_picture(3)
     names = [f"{size:,}" for size in SIZES]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class Workspace:
     out: Path
     max_steps: int = 0
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of every arm: of weights and order of the data."""
+        return (0,) if self.max_steps else (0, 1)
+
     def train(
         self, script: str, flags: str, seed: int = 0, change: Change | None = None, data: Sequence[str] = ()
     ) -> Arm:
@@ -114,12 +119,10 @@ class Workspace:
             raise UserError(problem)
         return Arm(stage.model, stage.tokenizer, rows, seconds, problem)
 
-    def train_all(
-        self, script: str, arms: dict[str, tuple[str, Change | None]], seeds: Sequence[int] = (0, 1)
-    ) -> dict[str, list[Arm]]:
+    def train_all(self, script: str, arms: Mapping[str, tuple[str, Change | None]]) -> dict[str, list[Arm]]:
         """Train every arm {name: (flags, change)} with every seed, and print a line for each."""
         trained: dict[str, list[Arm]] = {name: [] for name in arms}
-        for seed in seeds:
+        for seed in self.seeds:
             for name, (flags, change) in arms.items():
                 arm = self.train(script, flags, seed, change)
                 trained[name].append(arm)
@@ -150,13 +153,13 @@ class Workspace:
         """Return the checkpoint of a small parent, "pretrain" or "full_sft"; train it if it does not exist."""
         folder = self.out / ("parents" + (f"-{self.max_steps}" if self.max_steps else ""))
         path = folder / f"{stage}_{PARENT_DIM}.pth"
-        if not path.exists():
-            script = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}[stage]
-            limit = ["--max_steps", str(self.max_steps)] if self.max_steps else []
-            command = [script, *self.data_flags(script), "--out_dir", str(folder), *shlex.split(PARENT_FLAGS[stage])]
-            run_script([*command, *limit])
-            if not path.exists() or path.with_suffix(".resume").exists():
-                raise KeyboardInterrupt  # Ctrl-C: it has saved its state and resumes the next time
+        if path.exists() and not path.with_suffix(".resume").exists():
+            return path
+        script = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}[stage]
+        command = [script, *self.data_flags(script), "--out_dir", str(folder), *PARENT_FLAGS[stage].split()]
+        run_script([*command, *PARENT_STEPS.split(), *(["--max_steps", str(self.max_steps)] if self.max_steps else [])])
+        if path.with_suffix(".resume").exists():  # Ctrl-C: it has saved its state and resumes the next time
+            raise KeyboardInterrupt
         return path
 
 
@@ -236,10 +239,10 @@ CHAT_DATA = {
 }
 PARENT_DIM = 96
 PARENT_FLAGS = {
-    "pretrain": f"--dim {PARENT_DIM} --n_layers 4 --n_heads 4 --n_kv_heads 2 --max_seq_len 128 --batch_size 8 "
-    "--max_steps 600 --log_interval 100 --eval_interval 600",
-    "full_sft": "--batch_size 16 --epochs 0.8 --learning_rate 4e-3 --log_interval 100 --eval_interval 700",
+    "pretrain": f"--dim {PARENT_DIM} --n_layers 4 --n_heads 4 --n_kv_heads 2 --max_seq_len 128 --batch_size 8",
+    "full_sft": "--batch_size 16 --learning_rate 4e-3",
 }
+PARENT_STEPS = "--max_steps 500 --log_interval 100 --eval_interval 500 --eval_tokens 4096"
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
