@@ -40,4 +40,5 @@ def space(folders, monkeypatch) -> Workspace:
     monkeypatch.setattr(training, "VOCABULARY", training.DEMO_VOCABULARY)  # one tokenizer for all arms
     monkeypatch.setitem(training.PARENT_FLAGS, "pretrain", training.SMALL_MODEL + " --dim 16 --n_layers 1")
     monkeypatch.setattr(training, "PARENT_DIM", 16)
+    folders[1].mkdir(exist_ok=True)
     return Workspace(*folders, max_steps=2)
