@@ -13,7 +13,7 @@ from model.sampling import SamplingParams
 from trainer.curves import save_figure
 
 RANKS = (1, 8, 64)
-QUESTIONS = 72
+_QUESTIONS = 72
 
 
 def lora_rank(space: Workspace) -> str:
@@ -23,7 +23,7 @@ def lora_rank(space: Workspace) -> str:
     )
     new = read_keyed_questions(str(space.demo / "world/identity_questions.jsonl"))
     old = read_keyed_questions(str(space.demo / "world/questions.jsonl"))
-    old = old[:: max(1, len(old) // QUESTIONS)]
+    old = old[:: max(1, len(old) // _QUESTIONS)]
     settings = SamplingParams(max_new_tokens=ANSWER_TOKENS)
 
     def correct(rows: list[KeyedQuestion]) -> dict[str, list[float]]:

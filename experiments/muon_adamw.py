@@ -11,7 +11,7 @@ from experiments.pictures import compared, draw_losses, draw_rates, new_picture,
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 
-RATES = {"muon": (0.004, 0.008, 0.016), "adamw": (0.002, 0.006, 0.018)}
+_RATES = {"muon": (0.004, 0.008, 0.016), "adamw": (0.002, 0.006, 0.018)}
 NAMES = {"muon": "Muon", "adamw": "AdamW"}
 
 
@@ -19,10 +19,10 @@ def muon_adamw(space: Workspace) -> str:
     flags = f"{SMALL_MODEL} --max_steps 120 --max_loss_ratio 0"
     arms = space.train_all("1-pretrain.py", {
         f"{kind}, rate {rate}": (f"{flags} --optimizer {kind} --learning_rate {rate}", None)
-        for kind, rates in RATES.items() for rate in rates
+        for kind, rates in _RATES.items() for rate in rates
     })  # fmt: skip
     losses = {kind: {rate: [arm.validated() for arm in arms[f"{kind}, rate {rate}"]] for rate in rates}
-              for kind, rates in RATES.items()}  # fmt: skip
+              for kind, rates in _RATES.items()}  # fmt: skip
     best = {kind: min(group, key=lambda rate: sum(group[rate])) for kind, group in losses.items()}
     values = {kind: losses[kind][best[kind]] for kind in best}
     seconds = {kind: sum(arm.cpu_seconds for arm in arms[f"{kind}, rate {best[kind]}"]) for kind in best}

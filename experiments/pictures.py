@@ -1,4 +1,4 @@
-"""Draws the arms of an experiment, and states their difference in words.
+"""Draws the arms of an experiment, and states their difference as text.
 
 Read next: training.py (Arm), ../trainer/curves.py (save_figure).
 """

@@ -18,18 +18,18 @@ from model.sampling import SamplingParams
 from trainer.curves import save_figure
 
 PENALTIES = (1.0, 1.1, 1.2, 1.5, 2.0)
-QUESTIONS, PROMPTS, PROMPT_WORDS, TEXT_TOKENS = 96, 32, 3, 100
+_QUESTIONS, _PROMPTS, _PROMPT_TOKENS, _TEXT_TOKENS = 96, 32, 3, 100
 
 
 def sampling(space: Workspace) -> str:
     writer, tokenizer, _ = load_model(space.parent("pretrain"))
     chat, chat_tokenizer, _ = load_model(space.parent("full_sft"))
     rows = read_keyed_questions(str(space.demo / "world/questions.jsonl"))
-    prompts = [tokenizer.encode_document(row["question"])[:PROMPT_WORDS] for row in rows[:: len(rows) // PROMPTS]]
-    rows = rows[:: max(1, len(rows) // QUESTIONS)]
+    prompts = [tokenizer.encode_document(row["question"])[:_PROMPT_TOKENS] for row in rows[:: len(rows) // _PROMPTS]]
+    rows = rows[:: max(1, len(rows) // _QUESTIONS)]
     loops, distinct, correct = [], [], []
     for penalty in PENALTIES:
-        settings = SamplingParams(max_new_tokens=TEXT_TOKENS, repetition_penalty=penalty)
+        settings = SamplingParams(max_new_tokens=_TEXT_TOKENS, repetition_penalty=penalty)
         texts = [text.ids for text in generate(writer, prompts, settings, tokenizer)]
         loops.append(sum(map(has_loop, texts)) / len(texts))
         distinct.append(distinct_n(texts, 3) or 0.0)

@@ -4,7 +4,7 @@
     late        without the first token of the answer, with the token after <|im_end|>
     early       with the last token of the prompt, without <|im_end|>
 
-The mask belongs to tokens, the labels are tokens shifted by one: whoever forgets to shift both gets one of the others.
+The mask belongs to tokens, the labels are tokens shifted by one: code that shifts only one of both has this error.
 Read next: ../trainer/datasets.py (ChatDataset.collate), ../model/tokenizer.py (the mask).
 """
 
@@ -20,7 +20,7 @@ from trainer.curves import save_figure
 from trainer.datasets import Batch, ChatDataset
 from trainer.stage import Stage
 
-QUESTIONS = 96
+_QUESTIONS = 96
 
 
 def shifted(mask: np.ndarray, by: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def shifted_mask(space: Workspace) -> str:
     changes = {"right": None, "late": partial(shift_masks, by=1), "early": partial(shift_masks, by=-1)}
     arms = space.train_all("3-full_sft.py", {name: (flags, change) for name, change in changes.items()})
     rows = read_keyed_questions(str(space.demo / "world/questions.jsonl"))
-    rows = rows[:: max(1, len(rows) // QUESTIONS)]
+    rows = rows[:: max(1, len(rows) // _QUESTIONS)]
     settings = SamplingParams(max_new_tokens=ANSWER_TOKENS)
     answers = {
         name: [answer_all(arm.model, arm.tokenizer, rows, settings) for arm in group] for name, group in arms.items()

@@ -20,7 +20,7 @@ from trainer.datasets import Batch, ChatDataset
 from trainer.sampler import BatchSampler
 from trainer.stage import ComputeLoss, LossAndMetrics, Stage
 
-ROWS, MICRO_ROWS = 32, 2
+_ROWS, _MICRO_ROWS = 32, 2
 Weights = dict[str, Tensor]
 
 
@@ -74,28 +74,28 @@ def distance(arm: Arm, other: Arm, parent: Weights) -> float:
     return apart / max(way, 1e-12)
 
 
-def token_weights(space: Workspace, steps: int) -> np.ndarray:
+def weights_of_tokens(space: Workspace, steps: int) -> np.ndarray:
     """Return N / (M n_i) of the micro-batches of the first steps, (micro-batches,): the weight of their tokens."""
     found: list[float] = []
 
     def measure(stage: Stage) -> None:
         unsort(stage)
-        sampler = stage.data.batch_sampler(ROWS, 0)
+        sampler = stage.data.batch_sampler(_ROWS, 0)
         for step in range(steps):
-            rows = sampler.row_ids(step).reshape(-1, MICRO_ROWS)
+            rows = sampler.row_ids(step).reshape(-1, _MICRO_ROWS)
             counts = np.array([stage.data.batch(part)["num_targets"] for part in rows])
             found.extend(counts.sum() / (len(counts) * np.maximum(counts, 1)))
 
-    space.train("3-full_sft.py", f"--batch_size {ROWS} --max_steps 1", 0, measure)
+    space.train("3-full_sft.py", f"--batch_size {_ROWS} --max_steps 1", 0, measure)
     return np.array(found)
 
 
 def wrong_accumulation(space: Workspace) -> str:
-    flags = f"--learning_rate 4e-3 --max_steps 60 --global_batch_size {ROWS} --batch_size"
+    flags = f"--learning_rate 4e-3 --max_steps 60 --global_batch_size {_ROWS} --batch_size"
     arms = space.train_all("3-full_sft.py", {
-        f"one batch of {ROWS}": (f"{flags} {ROWS}", unsort),
-        "one division": (f"{flags} {MICRO_ROWS}", unsort),
-        "mean of means": (f"{flags} {MICRO_ROWS}", accumulate_means),
+        f"one batch of {_ROWS}": (f"{flags} {_ROWS}", unsort),
+        "one division": (f"{flags} {_MICRO_ROWS}", unsort),
+        "mean of means": (f"{flags} {_MICRO_ROWS}", accumulate_means),
     })  # fmt: skip
     whole, divided, means = arms.values()
     parent = torch.load(space.parent("pretrain"), weights_only=True)["model"]
@@ -104,7 +104,7 @@ def wrong_accumulation(space: Workspace) -> str:
         for name, group in (("one division", divided), ("mean of means", means))
     }
     losses = {name: [arm.validated() for arm in group] for name, group in arms.items()}
-    weights = token_weights(space, steps=20)
+    weights = weights_of_tokens(space, steps=20)
     form = "{:.1e}"
     sentence = (
         f"Accumulated with one division, the weights after {len(whole[0].steps)} steps differ from those of "
@@ -123,6 +123,6 @@ def wrong_accumulation(space: Workspace) -> str:
         right.plot([color] * len(values), values, "o", color=f"C{color}", markersize=4)
     right.set_yscale("log")
     label_axes(right, "", "distance to whole batches / way from the parent")
-    save_figure(figure, space.out / "wrong_accumulation.png", f"{ROWS} chats per step as {ROWS // MICRO_ROWS} "
-                f"micro-batches of {MICRO_ROWS}")  # fmt: skip
+    save_figure(figure, space.out / "wrong_accumulation.png", f"{_ROWS} chats per step as {_ROWS // _MICRO_ROWS} "
+                f"micro-batches of {_MICRO_ROWS}")  # fmt: skip
     return sentence
