@@ -52,6 +52,8 @@ def draw_points(axes: Axes, groups: Mapping[str, Sequence[float]], label: str, t
         axes.annotate(text.format(mean) if finite else "diverged", (color, max([mean, *finite])), ha="center",
                       va="bottom", xytext=(0, 4), textcoords="offset points")  # fmt: skip
     axes.margins(y=0.15)
+    if "%" in text:
+        axes.set_ylim(0, 1.1)
     label_axes(axes, "", label)
 
 
@@ -64,7 +66,10 @@ def draw_rates(axes: Axes, groups: Mapping[str, Mapping[float, Sequence[float]]]
         axes.plot(list(finite), means, "-", color=f"C{color}", label=name)
         for rate, values in finite.items():
             axes.plot([rate] * len(values), values, "o", color=f"C{color}", markersize=4)
+    rates = sorted({rate for losses in groups.values() for rate in losses})
     axes.set_xscale("log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
     axes.legend()
     label_axes(axes, "peak learning rate", "validation loss (nats per token)")
 

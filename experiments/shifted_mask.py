@@ -80,7 +80,7 @@ def shifted_mask(space: Workspace) -> str:
     )
     figure, (left, middle, last) = new_picture(3)
     draw_losses(left, arms)
-    left.set_title("training loss: hardly shows it")
+    left.set_title("each arm's loss on its own mask")
     draw_points(middle, ended, "answers that end by themselves", percent)
     draw_points(last, right, "correct answers", percent)
     save_figure(figure, space.out / "shifted_mask.png", "SFT with a loss mask that is shifted by one token")
