@@ -1,6 +1,7 @@
 # make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
 # make demo-rl further steps: a calculator, thoughts, reinforcement learning; about four minutes more
 # make doctor  what this machine, its libraries, the data and the checkpoints lack for it, each with its fix
+# make experiments  what happens without RMSNorm, without RoPE, …: a picture and a sentence each; out/experiments
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
 # make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
 # make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
@@ -13,7 +14,7 @@ RUN = $(VENV)/bin/python
 # One worker per core, at most 8: each needs about 1.5 GB. An idle worker takes tests from another one.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-rl demo-clean docs-check test faults check audit format clean doctor
+.PHONY: demo demo-rl demo-clean docs-check test faults check audit format clean doctor experiments
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -21,8 +22,11 @@ demo: $(VENV)/.core
 demo-rl: $(VENV)/.core
 	$(RUN) demo.py --rl
 
+experiments: $(VENV)/.core
+	$(RUN) demo.py --experiment all
+
 demo-clean:
-	rm -rf out/demo
+	rm -rf out/demo out/experiments
 
 doctor:
 	@if test -x $(RUN); then $(RUN) -m evaluation.doctor; else $(PYTHON) -m evaluation.doctor; fi

@@ -13,6 +13,7 @@
     python demo.py --out_dir out/demo2 --seed 1
     python demo.py --fast               ends each training after a fixed time
     python demo.py --rl                 further steps (`make demo-rl`): a calculator, thoughts, 6-grpo_train.py
+    python demo.py --experiment no_rope what happens without RoPE; --experiment list prints all of them
 
 The trainings end after a fixed number of steps: on a slower machine the demo takes longer, and its models are as good.
 With --fast they take 2.5 minutes on any machine, and a slower machine trains a worse model.
@@ -40,6 +41,7 @@ from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, p
 from demo_world.rl_report import make_rl_report, print_rl_report
 from demo_world.rl_steps import DemoStep, rl_steps
 from demo_world.timing import Estimate, minutes_text
+from experiments.catalogue import chosen_experiments, experiment_list
 from model.config import PRESETS
 
 DIM = PRESETS["demo"]["dim"]
@@ -50,6 +52,7 @@ FLAGS = {
     "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
 }
 FAST_MINUTES = {"pretrain": 1.5, "full_sft": 0.5, "lora_sft": 0.25, "dpo": 0.25}
+DATA_STEPS = ("world", "tokenizer", "pretrain_data", "sft_data", "identity_data", "dpo_data")
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -65,6 +68,8 @@ class DemoConfig(Config):
     rl: bool = flag(
         False, "further steps: a calculator, thoughts, reinforcement learning (their number of steps is fixed)"
     )
+    experiment: str = flag("", "run no stage of the demo but this experiment on its data: a name, all, or list",
+                           metavar="NAME", type=flag_types.non_empty_text)  # fmt: skip
 
 
 def with_recipe(command: list[str]) -> list[str]:
@@ -162,6 +167,19 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
     return {step.name: record[step.name]["seconds"] for step in steps}
 
 
+def run_experiments(config: DemoConfig, out: Path) -> None:
+    """Run the chosen experiments on the demo's data; make the data if any of it is missing."""
+    names = chosen_experiments(config.experiment)
+    steps = [step for step in make_steps(out, config.seed, 0) if step.name in DATA_STEPS]
+    with lock_output(out):
+        if not all(path.exists() for step in steps for path in step.results):
+            run_steps(steps, out, None)
+    flags = ["--demo_dir", str(out), "--out_dir", str(out.parent / "experiments")]
+    flags += ["--max_steps", str(config.max_steps)] if config.max_steps else []
+    for name in names:
+        run_command(["-m", "experiments", name, *flags])
+
+
 def measure_slowdown() -> float:
     """Return what demo_world/speed.py measures, in a process of its own: this one need not import torch."""
     command = [sys.executable, "-m", "demo_world.speed"]
@@ -181,6 +199,10 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file: name a folder")
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well
+    if config.experiment == "list":
+        return print(experiment_list())
+    if config.experiment:
+        return run_experiments(config, out)
     started = time.perf_counter()
     with lock_output(out):
         limits = {stage: 60 * minutes for stage, minutes in FAST_MINUTES.items() if config.fast}

@@ -151,6 +151,7 @@ READ_ONLY = {
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",
     "demo_world.speed",
+    "experiments.__main__",
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
     "benchmarks.journeys",

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 
 CORE = ("common", "model", "corpus", "trainer")  # from the lowest layer up
-APPLICATIONS = ("evaluation", "export", "serving", "curation", "demo_world")  # the layer above the core
+APPLICATIONS = ("evaluation", "export", "serving", "curation", "demo_world", "experiments")  # the layer above the core
 # Application -> the other applications that it may import. An unused entry is a fault too.
 SIDEWAYS = {
     "serving": {"evaluation", "export"},
     "demo_world": {"evaluation"},
+    "experiments": {"evaluation"},
     "curation": {"evaluation", "export"},
     "evaluation": {"export"},
 }
