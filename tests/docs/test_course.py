@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from markdown_it import MarkdownIt
 
 from common.errors import UserError
 from tests.docs.markdown import (
@@ -125,3 +126,16 @@ def all_flags(parser):
 def test_a_wrong_flag_is_refused():
     with pytest.raises(UserError):
         parser_of("docs.course.tokens").parse_args(["--vocabulary", "3"])
+
+
+def stray_marks(text):
+    """Texts in which an asterisk or a backquote is shown, because Markdown does not take it for a mark."""
+    tokens = [child for token in MarkdownIt().parse(text) for child in token.children or ()]
+    return [token.content for token in tokens if token.type == "text" and set("*`") & set(token.content)]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_emphasis_is_closed(language):
+    """In Chinese, `*` after a full stop closes nothing."""
+    assert stray_marks("*甲。*乙") and not stray_marks("*甲*。乙")
+    assert {path.name: marks for path in chapters(language) if (marks := stray_marks(read(language, path.name)))} == {}
