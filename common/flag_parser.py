@@ -65,7 +65,8 @@ class FlagParser(argparse.ArgumentParser):
         self.usage = f"python {self.prog}{files} [--FLAG VALUE …]".replace("%", "%%")
         if not self.main_flags:
             return super().format_help()
-        visible = {a.dest: a for a in reversed(self._actions) if a.help != argparse.SUPPRESS}
+        shown = [a for a in reversed(self._actions) if a.help != argparse.SUPPRESS]
+        visible = {(a.option_strings or [a.dest])[-1].lstrip(DASHES): a for a in shown}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(short_description(self.description or ""))

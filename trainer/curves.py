@@ -27,6 +27,11 @@ def draw_curves(rows: list[Row], path: Path, title: str, reference: Curve | None
     figure = Figure(figsize=(4.7 * len(drawings) + 1.5 * (len(drawings) < 3), 4))
     for axes, draw in zip(figure.subplots(1, len(drawings)), drawings, strict=True):
         draw(axes)
+    save_figure(figure, path, title)
+
+
+def save_figure(figure: Figure, path: Path, title: str) -> None:
+    """Write a figure as a PNG."""
     figure.suptitle(title)
     figure.tight_layout()
     with atomic_write(path) as file:
