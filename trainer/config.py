@@ -168,7 +168,7 @@ class TrainConfig(RunFlags):
     )
     sample_interval: int | None = _logging(
         None, "steps between answers to three held-out prompts, on the screen and in the log (if omitted: about ten "
-        "times a run, in at most 3 % of its time; 0: none)", type=non_negative_int,
+        "times a run, in at most a thirtieth of its time; 0: none)", type=non_negative_int,
     )  # fmt: skip
     tracker: str = _logging(
         "none", "also log to wandb (offline unless WANDB_MODE is set), tensorboard (in out_dir/tensorboard) or swanlab "

@@ -32,7 +32,7 @@ from trainer.stage import Stage
 NUM_PROMPTS = 3
 MAX_NEW_TOKENS = 40
 OPENING_TOKENS = 12  # of a document that a pretrained model continues
-TIMES, MAX_FRACTION, MIN_STEPS = 10, 0.03, 20  # without --sample_interval
+TIMES, MAX_FRACTION, MIN_STEPS = 10, 1 / 30, 20  # without --sample_interval
 
 
 class Samples:
