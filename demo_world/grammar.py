@@ -150,7 +150,7 @@ def _labelled(
 
 def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
     """Yields the texts of a line, separated by |. Raises UserError for a text with an unknown slot."""
-    for item in (choice.strip() for item in text.split("|") for choice in alternatives(item)):
+    for item in (choice.strip() for part in text.split("|") for choice in alternatives(part)):
         if "(" in item or ")" in item:
             raise section.error(number, f"a parenthesis without its other half in {item!r}")
         if not item:
