@@ -8,6 +8,7 @@ Read next: errors.py, ../evaluation/doctor.py (lists what is missing).
 """
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 
 from common.errors import UserError
@@ -35,7 +36,12 @@ OTHERS = {
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name) is None]
+    """Return those that cannot be imported. A loaded module may have no spec, for which find_spec raises ValueError."""
+    return [name for name in names if not (sys.modules.get(name) or _can_be_found(name))]
+
+
+def _can_be_found(name: str) -> bool:
+    return name not in sys.modules and importlib.util.find_spec(name) is not None
 
 
 def install_advice(what: str, *names: str, otherwise: str = "") -> str:
