@@ -17,7 +17,7 @@ def remove_rope(stage: Stage) -> None:
 
 
 def no_rope(space: Workspace) -> str:
-    flags = f"{SMALL_MODEL} --max_steps 150"
+    flags = f"{SMALL_MODEL} --max_steps 400"
     arms = space.train_all("1-pretrain.py", {"with RoPE": (flags, None), "without": (flags, remove_rope)})
     losses = {name: [arm.validated() for arm in group] for name, group in arms.items()}
     control, without = losses.values()

@@ -67,10 +67,9 @@ def accumulate_means(stage: Stage) -> None:
 
 def distance(arm: Arm, other: Arm, parent: Weights) -> float:
     """Return |weights - weights of the other| / |weights of the other - parent|."""
-    pairs = [(weight, theirs, parent[name]) for (name, weight), theirs in
-             zip(arm.model.state_dict().items(), other.model.state_dict().values(), strict=True)]  # fmt: skip
-    apart, way = (sum(float((a - b).square().sum()) for a, b in each) ** 0.5
-                  for each in ([p[:2] for p in pairs], [p[1:] for p in pairs]))  # fmt: skip
+    mine, theirs = arm.model.state_dict(), other.model.state_dict()  # with the output layer, which may be tied
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in parent) ** 0.5
+    way = sum(float((theirs[name] - parent[name]).square().sum()) for name in parent) ** 0.5
     return apart / max(way, 1e-12)
 
 
