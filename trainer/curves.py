@@ -102,8 +102,8 @@ def draw_lines(axes: Axes, train: list[Row], names: list[str], label: str, valid
         axes.plot([row["step"] for row in train], [row.get(name, math.nan) for row in train], label=name, linewidth=1)
     for i, split in enumerate(sorted(validations[-1]["val_reward"]) if validations else ()):
         points = [row["val_reward"].get(split, math.nan) for row in validations]
-        style = {"marker": ".", "color": f"C{7 + i}", "label": f"held-out reward {split}"}
-        axes.plot([row["step"] for row in validations], points, **style)
+        steps = [row["step"] for row in validations]
+        axes.plot(steps, points, marker=".", color=f"C{7 + i}", label=f"held-out reward {split}")
     finish(axes, "step", label)
 
 

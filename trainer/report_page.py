@@ -239,7 +239,7 @@ def draw_bars(axes: Axes, names: list[str], bars: dict[str, list[float]], chance
 def to_image(draw: Draw, bars: int = 0) -> str:
     """Return a drawing as a data URI, "" if the data cannot be drawn. bars: lines of a bar chart, for its height."""
     figure, file = Figure(figsize=(5.4, 3.4 if not bars else 1.2 + 0.34 * bars), layout="constrained"), io.BytesIO()
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "0", "font.size": 9}  # text stays text
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "0", "font.size": 9}  # text stays text
     with warnings.catch_warnings(), matplotlib.rc_context(settings):
         warnings.simplefilter("ignore")  # matplotlib's own font lacks Chinese, a browser's does not
         try:

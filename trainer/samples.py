@@ -130,18 +130,18 @@ def question_text(tokenizer: ChatTokenizer, ids: list[int]) -> str:
 
 def prompt_rows(data: TokenDataset, limit: int) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (prompt, reference) of rows of a held-out split in a fixed order. A prompt has at most `limit` tokens."""
-    is_text, is_pairs = isinstance(data, PackedDataset), isinstance(data, PreferenceDataset)
+    is_pairs = isinstance(data, PreferenceDataset)
     source: Any = data.answers if isinstance(data, PreferenceDataset) else data
     if not isinstance(source, (PackedDataset, ChatDataset)):
         return
     documents = source.tokens.documents // (2 if is_pairs else 1)
     for row in np.random.default_rng(0).choice(documents, min(documents, 32), replace=False).tolist():
         ids, mask = source.tokens.read_document(2 * row if is_pairs else row)
-        start = min(OPENING_TOKENS, len(ids) // 2) if is_text else int(mask.argmax())
+        start = min(OPENING_TOKENS, len(ids) // 2) if mask is None else int(mask.argmax())
         if not 0 < start <= limit:
             continue
-        untrained = np.flatnonzero(mask[start:] == 0) if mask is not None else []
-        end = start + (int(untrained[0]) if len(untrained) else len(ids) - start)
+        trained = np.ones(len(ids), dtype=bool) if mask is None else mask.astype(bool)
+        end = start + int(np.argmin(np.append(trained[start:], False)))
         yield ids[:start].tolist(), ids[start : min(end, start + MAX_NEW_TOKENS)].tolist()
 
 
