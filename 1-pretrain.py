@@ -45,7 +45,7 @@ class PretrainConfig(PlanConfig, MixFlags):
 
     main_flags = (
         "data_path", "tokenizer", "out_dir", "preset", "minutes", "epochs", "max_minutes", "batch_size",
-        "learning_rate", "mix", "device", "resume", "plan",
+        "learning_rate", "mix", "device", "resume", "plan", "run_name", "explain",
     )  # fmt: skip
     learning_rates: ClassVar = {"muon": 8e-3, "adamw": 1e-3}
     default_warmup_iters = 20

@@ -42,7 +42,7 @@ class SFTConfig(TrainConfig):
 
     main_flags = (
         "data_path", "init_from", "out_dir", "epochs", "max_minutes", "batch_size", "learning_rate", "max_seq_len",
-        "chat_format", "device", "resume",
+        "chat_format", "device", "resume", "run_name", "explain",
     )  # fmt: skip
     learning_rates: ClassVar = {"muon": 1e-3, "adamw": 2e-4}
     data_path: str = "dataset/sft"

@@ -45,7 +45,7 @@ class LoRASFTConfig(TrainConfig):
 
     main_flags = (
         "data_path", "init_from", "out_dir", "rank", "alpha", "targets", "epochs", "max_minutes", "batch_size",
-        "learning_rate", "max_seq_len", "peft_dir", "device",
+        "learning_rate", "max_seq_len", "peft_dir", "device", "run_name", "explain",
     )  # fmt: skip
     learning_rates: ClassVar = {"muon": 4e-3, "adamw": 2e-3}  # best in our measurements (LOG.md)
     data_path: str = "dataset/sft"

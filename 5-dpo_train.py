@@ -50,7 +50,7 @@ class DPOConfig(TrainConfig):
 
     main_flags = (
         "data_path", "init_from", "out_dir", "loss", "beta", "max_chosen_drop", "epochs", "max_minutes", "batch_size",
-        "learning_rate", "max_seq_len", "device",
+        "learning_rate", "max_seq_len", "device", "run_name", "explain",
     )  # fmt: skip
     learning_rates: ClassVar = {"muon": 5e-5, "adamw": 2e-5}
     data_path: str = "dataset/dpo"

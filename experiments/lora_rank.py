@@ -6,7 +6,7 @@ Read next: ../model/lora.py, ../4-lora_sft.py.
 """
 
 from evaluation.qa_data import KeyedQuestion, read_keyed_questions
-from experiments.pictures import compared, draw_losses, draw_points, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_points, new_picture, span
 from experiments.training import ANSWER_TOKENS, Workspace, answer_all, fraction_correct
 from model.lora import adapter_state
 from model.sampling import SamplingParams
@@ -45,7 +45,7 @@ def lora_rank(space: Workspace) -> str:
         f"(rank 64 {span(kept[high], percent)})."
     )
     figure, (left, middle, right) = new_picture(3)
-    draw_losses(left, arms)
+    draw_arm_losses(left, arms)
     draw_points(middle, known, "correct answers about the new name", percent)
     draw_points(right, kept, "correct answers to the other questions", percent)
     save_figure(figure, space.out / "lora_rank.png", "LoRA of rank 1, 8 and 64")

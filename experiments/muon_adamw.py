@@ -7,7 +7,7 @@ compared at the other's.
 Read next: ../trainer/optim.py.
 """
 
-from experiments.pictures import compared, draw_losses, draw_rates, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_rates, new_picture, span
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 
@@ -34,7 +34,7 @@ def muon_adamw(space: Workspace) -> str:
         f"{seconds['muon'] / seconds['adamw']:.2f} times the CPU time."
     )
     figure, (left, right) = new_picture()
-    draw_losses(left, {f"{NAMES[kind]}, rate {rate}": arms[f"{kind}, rate {rate}"] for kind, rate in best.items()})
+    draw_arm_losses(left, {f"{NAMES[kind]}, rate {rate}": arms[f"{kind}, rate {rate}"] for kind, rate in best.items()})
     draw_rates(right, {NAMES[kind]: group for kind, group in losses.items()})
     save_figure(figure, space.out / "muon_adamw.png", "Pretraining with Muon and with AdamW")
     return sentence

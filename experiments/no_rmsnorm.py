@@ -7,7 +7,7 @@ Read next: ../model/transformer.py (RMSNorm, DecoderLayer).
 
 from torch import nn
 
-from experiments.pictures import compared, draw_losses, draw_points, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_points, new_picture, span
 from experiments.training import SMALL_MODEL, Workspace
 from model.transformer import RMSNorm
 from trainer.curves import save_figure
@@ -31,7 +31,7 @@ def no_rmsnorm(space: Workspace) -> str:
         f"{span(without)} nats per token, with it {span(control)}."
     )
     figure, (left, right) = new_picture()
-    draw_losses(left, arms)
+    draw_arm_losses(left, arms)
     draw_points(right, losses, "validation loss (nats per token)")
     save_figure(figure, space.out / "no_rmsnorm.png", "Pretraining with and without RMSNorm")
     return sentence

@@ -5,7 +5,7 @@
 Read next: ../model/rope.py.
 """
 
-from experiments.pictures import compared, draw_losses, draw_points, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_points, new_picture, span
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 from trainer.stage import Stage
@@ -26,7 +26,7 @@ def no_rope(space: Workspace) -> str:
         f"{compared(without, control)}: {span(without)} nats per token, with it {span(control)}."
     )
     figure, (left, right) = new_picture()
-    draw_losses(left, arms)
+    draw_arm_losses(left, arms)
     draw_points(right, losses, "validation loss (nats per token)")
     save_figure(figure, space.out / "no_rope.png", "Pretraining with and without RoPE")
     return sentence

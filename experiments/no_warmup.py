@@ -5,7 +5,7 @@
 Read next: ../trainer/optim.py (lr_multiplier).
 """
 
-from experiments.pictures import draw_losses, draw_rates, new_picture, rate_words
+from experiments.pictures import draw_arm_losses, draw_rates, new_picture, rate_words
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 
@@ -23,7 +23,7 @@ def no_warmup(space: Workspace) -> str:
               for kind in kinds}  # fmt: skip
     sentence = f"Without warm-up, {rate_words(losses['without'], losses['with warm-up'])}."
     figure, (left, right) = new_picture()
-    draw_losses(left, {kind: arms[f"{kind}, rate {_RATES[-1]}"] for kind in kinds})
+    draw_arm_losses(left, {kind: arms[f"{kind}, rate {_RATES[-1]}"] for kind in kinds})
     left.set_title(f"peak rate {_RATES[-1]}")
     draw_rates(right, losses)
     save_figure(figure, space.out / "no_warmup.png", "Pretraining with AdamW, with and without warm-up")

@@ -10,7 +10,7 @@ Read next: ../trainer/datasets.py (PackedDataset), ../trainer/sampler.py (batche
 
 import numpy as np
 
-from experiments.pictures import compared, draw_losses, draw_points, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_points, new_picture, span
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 from trainer.datasets import Batch, PackedDataset, TokenDataset
@@ -73,7 +73,7 @@ def padding(space: Workspace) -> str:
         f"{compared(losses['padded'], losses['packed'])} ({span(losses['padded'])} against {span(losses['packed'])})."
     )
     figure, (left, middle, right) = new_picture(3)
-    draw_losses(left, arms)
+    draw_arm_losses(left, arms)
     draw_points(middle, used, "fraction of positions with a token")
     draw_points(right, cost, "CPU seconds per 100,000 tokens", "{:.1f}")
     save_figure(figure, space.out / "padding.png", "Packed rows and padded documents")

@@ -29,7 +29,7 @@ def loss_curve(arm: Arm, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
     return columns[:, -1, 0], columns[:, :, 1].mean(axis=1)
 
 
-def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Arm]], x: str = "tokens", scale: float = 1e3) -> None:
+def draw_arm_losses(axes: Axes, groups: Mapping[str, Sequence[Arm]], x: str = "tokens", scale: float = 1e3) -> None:
     """Plot the training loss of every group: the mean over its seeds, and the range between them."""
     for color, (name, arms) in enumerate(groups.items()):
         curves = [loss_curve(arm, x) for arm in arms]

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from evaluation.qa_data import read_keyed_questions
-from experiments.pictures import draw_losses, draw_points, new_picture, span
+from experiments.pictures import draw_arm_losses, draw_points, new_picture, span
 from experiments.training import ANSWER_TOKENS, Workspace, answer_all, fraction_correct
 from model.sampling import SamplingParams
 from trainer.curves import save_figure
@@ -79,7 +79,7 @@ def shifted_mask(space: Workspace) -> str:
         f"{span(right['early'], percent)}."
     )
     figure, (left, middle, last) = new_picture(3)
-    draw_losses(left, arms)
+    draw_arm_losses(left, arms)
     left.set_title("each arm's loss on its own mask")
     draw_points(middle, ended, "answers that end by themselves", percent)
     draw_points(last, right, "correct answers", percent)

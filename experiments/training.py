@@ -96,7 +96,7 @@ class Workspace:
 
         data: the flags that name data and parent or tokenizer; by default those of `data_flags`.
         """
-        lesson, (config_class, make_stage) = load_lesson(script), STAGES[script]
+        lesson, (config_class, make_stage) = load_lesson(script), MAKE_STAGE[script]
         with tempfile.TemporaryDirectory() as folder:
             words = [*(data or self.data_flags(script)), *shlex.split(f"{QUIET} {flags}"), "--seed", str(seed)]
             words += ["--max_steps", str(self.max_steps)] if self.max_steps else []
@@ -225,7 +225,7 @@ def dpo_stage(lesson: Any, config: Any, dist: DistContext) -> Stage:
     return Stage("dpo", model, tokenizer, loss, pairs.pop("train"), pairs, parent["lineage"], loss_unit="pair")
 
 
-STAGES: dict[str, tuple[str, MakeStage]] = {
+MAKE_STAGE: dict[str, tuple[str, MakeStage]] = {
     "1-pretrain.py": ("PretrainConfig", pretrain_stage),
     "3-full_sft.py": ("SFTConfig", chat_stage),
     "4-lora_sft.py": ("LoRASFTConfig", lora_stage),

@@ -135,8 +135,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
     try:
         stat = Path(path).stat()
         if Path(path).suffix != ".pth" and not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is not a checkpoint: name a .pth file that a training script wrote, or the folder "
-                            "of a transformers model")  # fmt: skip
+            raise UserError(f"{path} is not a checkpoint: name a .pth of a training script, or a transformers folder")
         if record := _damaged_record(Path(path).resolve(), weights, stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"the checksum of {record} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -257,8 +256,7 @@ def open_adapter(
 ) -> Transformer:
     """The parent with the adapter attached, not merged (CPU, fp32). The parent may itself be an adapter.
 
-    Searches the parent in the adapter's folder, at the recorded path, and in the folder above, where a run with
-    --run_name finds it; with `parent` only there.
+    Searches the parent in the adapter's folder, at the recorded path, and in the folder above; `parent`: only there.
     Raises UserError if no parent is found or no candidate has the recorded fingerprint.
     """
     name, expected_fingerprint = Path(adapter["parent"]), adapter["parent_fingerprint"]
@@ -293,8 +291,7 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
     """The checkpoint of a stage in `out_dir`. Raises UserError if there is none or more than one."""
     matches = list_checkpoints(out_dir, stage)
     if not matches:
-        others = sorted(Path(out_dir).glob(f"*/{stage}_[0-9]*.pth"))
-        example = f", as {others[0]}" if others else ""
+        example = "".join(f", as {file}" for file in sorted(Path(out_dir).glob(f"*/{stage}_[0-9]*.pth"))[:1])
         advice = f"run `python {STAGE_SCRIPTS[stage]}` first, or name the file{example}"
         raise UserError(f"no {stage}_*.pth in {out_dir}: {advice}")
     if len(matches) > 1:

@@ -41,6 +41,10 @@ _rewards = functools.partial(flag, group="rewards and early stop")
 class GRPOConfig(TrainConfig):
     """Settings of lesson 6."""
 
+    main_flags = (
+        "data_path", "init_from", "out_dir", "reward", "loss", "max_steps", "prompts_per_step", "group_size",
+        "max_new_tokens", "learning_rate", "tools", "lora_rank", "device", "run_name", "explain",
+    )  # fmt: skip
     learning_rates: ClassVar = {"muon": 5e-4, "adamw": 2e-4}  # LOG.md has the rewards by learning rate
     data_path: str = "dataset/rl"
     batch_size: int = 32

@@ -71,7 +71,7 @@ class Done:
 
 
 # ---- the arm without a change ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("script", training.STAGES)
+@pytest.mark.parametrize("script", training.MAKE_STAGE)
 def test_an_arm_without_a_change_equals_the_script(space, monkeypatch, tmp_path, script):
     flags = TINY if script == "1-pretrain.py" else "--batch_size 4 --device cpu --dtype float32"
     arm = space.train(script, flags, seed=3)

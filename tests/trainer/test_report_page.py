@@ -1,4 +1,4 @@
-"""The page of the runs: no requests, no script of a model, what lies in the folder, whatever is damaged."""
+"""The page of the runs: no requests, no script of a model, readable also where a file of the folder is damaged."""
 
 import base64
 import json
