@@ -75,7 +75,7 @@ def _warmup_help(config: type) -> str:
 class TrainConfig(RunFlags):
     """The flags of every training script. A subclass changes defaults by assigning them."""
 
-    main_flags = (
+    main_flags: ClassVar[tuple[str, ...]] = (
         "data_path", "init_from", "out_dir", "epochs", "max_steps", "max_minutes", "batch_size", "learning_rate",
         "device", "resume",
     )  # fmt: skip
