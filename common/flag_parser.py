@@ -65,15 +65,15 @@ class FlagParser(argparse.ArgumentParser):
         self.usage = f"python {self.prog}{files} [--FLAG VALUE …]".replace("%", "%%")
         if not self.main_flags:
             return super().format_help()
-        shown = [a for a in reversed(self._actions) if a.help != argparse.SUPPRESS]
-        visible = {(a.option_strings or [a.dest])[-1].lstrip(DASHES): a for a in shown}
+        visible = {a.dest: a for a in reversed(self._actions) if a.help != argparse.SUPPRESS}
+        named = visible | {o.lstrip(DASHES): a for a in visible.values() for o in a.option_strings}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(short_description(self.description or ""))
         formatter.start_section("main flags")
-        formatter.add_arguments([visible[name] for name in self.main_flags])
+        formatter.add_arguments([named[name] for name in self.main_flags])
         formatter.end_section()
-        others = visible.keys() - {*self.main_flags, "help", "help_all"}
+        others = visible.keys() - {named[name].dest for name in (*self.main_flags, "help", "help_all")}
         formatter.add_text(f"--help_all describes the other {len(others)} flags and the rest of this text.")
         return formatter.format_help()
 

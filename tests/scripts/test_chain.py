@@ -168,7 +168,7 @@ def test_common_is_imported_before_torch(name):
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
 def test_shared_flags_are_frozen(monkeypatch, capsys, name):
     """Flags that the documentation names, hidden spellings, and both spellings of the flag that deepspeed adds."""
-    text = run_here(monkeypatch, capsys, name, "--help").stdout
+    text = run_here(monkeypatch, capsys, name, "--help_all").stdout
     flags = {
         "duration": "epochs max_steps max_minutes resume init_from save_interval",
         "optimization": "batch_size global_batch_size learning_rate grad_clip warmup_iters seed",

@@ -109,7 +109,7 @@ def test_dpo_starts_at_ln_2_and_learns_preferences(curves, dpo, monkeypatch, cap
     entry = checkpoint["lineage"][-1]
     assert entry["pairs"] == 180 and entry["validation"]["loop_rate"] == last["loop_rate"] and "stopped" not in entry
     assert visible_names(folder) == [
-        "dpo_32.jsonl", "dpo_32.png", "dpo_32.pth", "dpo_32.reference", "full_sft_32.pth"
+        "dpo_32.jsonl", "dpo_32.png", "dpo_32.pth", "dpo_32.reference", "full_sft_32.pth", "report.html",
     ]  # fmt: skip
     run_script(
         monkeypatch, "2-eval.py", "--out_dir", folder, "--device", "cpu", "--prompt", "1?", "--max_new_tokens", 4

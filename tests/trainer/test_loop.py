@@ -62,7 +62,7 @@ def test_unknown_dtype_or_device_is_rejected(pretrain):
 def test_short_run_saves_its_last_weights(curves, pretrain):
     """A run of 3 steps, shorter than --save_interval, writes a complete checkpoint."""
     folder = pretrain()
-    assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
+    assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth", "report.html"]
     checkpoint = torch.load(folder / "pretrain_32.pth", weights_only=True)
     assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
     assert checkpoint["lineage"][-1]["steps"] == 3 and checkpoint["stage"] == "pretrain"
