@@ -70,8 +70,10 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
 
 $(VENV)/.core: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and the other packages into $(VENV): a few minutes, nothing is printed meanwhile"
+	@echo "正在把 PyTorch 等包装进 $(VENV)：需要几分钟，其间没有输出"
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
