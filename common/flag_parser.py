@@ -65,15 +65,16 @@ class FlagParser(argparse.ArgumentParser):
         self.usage = f"python {self.prog}{files} [--FLAG VALUE …]".replace("%", "%%")
         if not self.main_flags:
             return super().format_help()
-        visible = {a.dest: a for a in reversed(self._actions) if a.help != argparse.SUPPRESS}
-        named = visible | {o.lstrip(DASHES): a for a in visible.values() for o in a.option_strings}
+        shown = [a for a in reversed(self._actions) if a.help != argparse.SUPPRESS]
+        named = {name.lstrip(DASHES): a for a in shown for name in (a.dest, *a.option_strings)}
+        main = [named[name] for name in self.main_flags]
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(short_description(self.description or ""))
         formatter.start_section("main flags")
-        formatter.add_arguments([named[name] for name in self.main_flags])
+        formatter.add_arguments(main)
         formatter.end_section()
-        others = visible.keys() - {named[name].dest for name in (*self.main_flags, "help", "help_all")}
+        others = {a.dest for a in shown} - {a.dest for a in main} - {"help", "help_all"}
         formatter.add_text(f"--help_all describes the other {len(others)} flags and the rest of this text.")
         return formatter.format_help()
 

@@ -79,7 +79,9 @@ class GRPOConfig(TrainConfig):
     tools: str = _rollouts("", "tools that answers may call, as calculator,clock", type=non_empty_text)
     lookup_file: str = _rollouts("", "jsonl file of facts for the tool lookup", type=path_string)
     max_tool_calls: int = _rollouts(2, "rounds of tool calls per answer", type=positive_int)
-    sample_interval: int = _rollouts(20, "steps between two answers in the log and on the screen", type=positive_int)
+    sample_interval: int = _rollouts(
+        20, "steps between two answers in the log and on the screen (0: none)", type=non_negative_int
+    )
 
     reward: str = _rewards(
         "exact", "rewards with weights, as exact,format:0.2,my_module:my_function:0.5; an answer counts as passed if "

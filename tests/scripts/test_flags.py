@@ -32,7 +32,7 @@ ZERO_MEANINGS = {
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "max_queue": "none",
     "max_bad_fraction": "not one bad row", "val_fraction": "none",
-    "samples": "none", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads",
+    "samples": "none", "sample_interval": "no answers", "min_words": "no limit", "overlap": "one n-gram", "head_dim": "dim / n_heads",
     "no_repeat_ngram_size": "off", "frequency_penalty": "off", "penalty_window": "the whole answer",
     "length_penalty": "the sum decides", "lora_rank": "all weights", "kl_coef": "no KL", "min_entropy": "never",
     "max_reward_drop": "never", "clip_low": "never below 1",
@@ -118,12 +118,14 @@ MOST_FLAGS = 12  # of a command without main flags
 @pytest.mark.parametrize("prog", PARSERS)
 def test_help_shows_about_ten_flags_and_an_example(prog):
     parser = PARSERS[prog]
-    visible = {a.dest for a in parser._actions if a.help != argparse.SUPPRESS} - {"help", "help_all"}
+    shown = [a for a in parser._actions if a.help != argparse.SUPPRESS and a.dest not in ("help", "help_all")]
+    names = {option.lstrip("-") for a in shown for option in (a.dest, *a.option_strings)}
+    visible = {a.dest for a in shown}
     text = parser.format_help()
     examples = text.split("\n", 1)[1]
     assert f"python {prog}" in examples or f"python -m {prog}" in examples
     if parser.main_flags:
-        assert 8 <= len(parser.main_flags) <= 15 and {*parser.main_flags} < visible
+        assert 8 <= len(parser.main_flags) <= 15 and {*parser.main_flags} < names
         assert f"--help_all describes the other {len(visible) - len(parser.main_flags)} flags" in text
     else:
         assert len(visible) <= MOST_FLAGS
@@ -183,8 +185,8 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 def test_without_a_limit_of_steps_the_epochs_decide(pretrain):
     assert pretrain("--max_steps", "3") == 3
-    assert pretrain("--max_steps", "-1") == 8, "59 rows in batches of 8; the existing model is replaced"
-    assert pretrain("--max_steps", "0", "--epochs", "0.5") == 4
+    assert pretrain("--max_steps", "-1", "--resume", "never") == 8, "59 rows in batches of 8; the model is replaced"
+    assert pretrain("--max_steps", "0", "--epochs", "0.5", "--resume", "never") == 4
 
 
 def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_path):
@@ -192,7 +194,7 @@ def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_p
     before = {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")}
     monkeypatch.setattr("trainer.sampler.BatchSampler.num_steps", lambda *_: 0)
     with pytest.raises(UserError, match="a run of 0 steps trains nothing"):
-        pretrain()
+        pretrain("--resume", "never")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")} == before
     assert load_weights(tmp_path / "pretrain_32.pth")
 
