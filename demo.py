@@ -218,7 +218,9 @@ def main() -> None:
     if config.rl:
         print_rl_report(report["rl"])
     print(f"loss curves:  {out}/*_{DIM}.png")
-    print(f"report as JSON:  {out / 'report.json'}")
+    from trainer.report_page import write_page  # imports torch; the last training wrote the page before its questions
+
+    print(f"report to open in a browser:  {write_page(out)}    as JSON:  {out / 'report.json'}")
     model = out / f"{'grpo' if config.rl else LAST_STAGE}_{DIM}.pth"
     print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {model}{' --tools calculator' * config.rl}")
     print(f"demo.py took {time.perf_counter() - started:.0f} seconds")

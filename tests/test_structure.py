@@ -61,6 +61,7 @@ LAZY_IMPORTS = {
     "evaluation/doctor.py: export/hf_import.py",
     "evaluation/doctor.py: model/checkpoint.py",
     "evaluation/doctor.py: model/tokenizer.py",
+    "demo.py: trainer/report_page.py",
     "demo_world/report.py: model/checkpoint.py",
     "export/hf_import.py: export/hf_folder.py",
     "model/jinja_template.py: model/template_sandbox.py",

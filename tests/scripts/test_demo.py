@@ -34,20 +34,31 @@ def test_demo_runs_every_stage_and_later_runs_reuse_the_results(run_demo, tmp_pa
     exam = report["exam"]
     assert exam["questions"] == 300 and exam["chance"] == 0.25 and exam["low"] < exam["accuracy"] < exam["high"]
     assert exam["sentence"] in " ".join(done.output.split())
-    for line in ("results of each stage", "ten of the held-out questions", "chat with it:  "):
+    for line in (
+        "results of each stage",
+        "ten of the held-out questions",
+        "report to open in a browser:  ",
+        "chat with it:  ",
+    ):
         assert line in done.output
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = run_demo(out)
     assert again.code == 0 and again.output.count("already complete") == again.output.count("\n[") > 10
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
-    assert changed == {"report.json"}, "a second run rewrites only the report"
+    assert changed == {"report.json", "report.html"}, "a second run rewrites only the report"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "dpo_256" in page and 'id="scores"' in page, "written after the last questions and the exam"
 
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     further = run_demo(out, "--rl")
     assert further.code == 0, further.output
     assert further.output.count("already complete") == again.output.count("already complete"), "the same steps before"
-    assert {path.name for path in files if path.stat().st_mtime_ns != files[path]} == {"report.json", "steps.json"}
+    assert {path.name for path in files if path.stat().st_mtime_ns != files[path]} == {
+        "report.json",
+        "report.html",
+        "steps.json",
+    }
     more = json.loads((out / "report.json").read_text(encoding="utf-8"))
     result = more.pop("rl")
     assert more.keys() == report.keys() and more["answer_accuracy"] == report["answer_accuracy"]
