@@ -26,7 +26,7 @@ from common.cli import flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json, write_text
 from common.flag_groups import RunFlags
-from common.flag_types import max_steps, non_empty_text, path_string
+from common.flag_types import max_steps, non_empty_text, non_negative_int, path_string
 from common.locks import lock_output
 from common.steps import PROJECT_FOLDER, python_command, run_command
 from corpus.job_state import input_fingerprints
@@ -65,6 +65,7 @@ class TrainOnConfig(RunFlags):
     yes: bool = flag(False, "accept all recommendations")
     keys: str = flag("", "keys of another row layout, as prompt=ask,answer=reply", type=non_empty_text,
                      metavar="FIELD=KEY,…")  # fmt: skip
+    epochs: int = flag(0, "passes over your chats (0: chosen by their number)", type=non_negative_int, metavar="N")
     max_steps: int = flag(0, "quick test: stop each training after this many steps (-1 or 0: no limit)",
                           type=max_steps)  # fmt: skip
 
@@ -111,7 +112,11 @@ class OwnRun:
         print(f"\n{title}", flush=True)
         self.record["steps"] = {step: self.done[step] for step in self.done if step != name}
         write_json(self.out / "steps.json", self.record)  # with the answers, in case of an interruption
-        run_command(words, [result])
+        try:
+            run_command(words, [result])
+        except KeyboardInterrupt:
+            print("The same command of train_on.py continues. A training is shorter with --epochs 1 or --max_steps N.")
+            raise
         self.record["steps"][name] = words
         write_json(self.out / "steps.json", self.record)
 
@@ -212,10 +217,11 @@ def train_on_chats(run: OwnRun, parent: Path, data: Path) -> Path:
     if not run.choices.ask("method", f"{count:,} chats: {METHODS[method]}, recommended {why}?"):
         method = "lora" if method == "sft" else "sft"
         print(f"then {METHODS[method]}")
-    epochs = max(1, min(MAX_EPOCHS[method], round(STEPS * BATCH / count)))
+    epochs = run.config.epochs or max(1, min(MAX_EPOCHS[method], round(STEPS * BATCH / count)))
     steps = run.config.max_steps or -(-count // BATCH) * epochs
+    print("The training prints the time that is left (eta). Ctrl-C stops it, and the same command continues.")
     if not run.choices.ask("epochs", f"Train for {epochs} epochs, {steps:,} steps of {BATCH} chats?"):
-        raise UserError("then run the printed commands yourself, with other --epochs; nothing is trained")
+        raise UserError("then add --epochs N; nothing was trained on the chats")
     flags = ["--epochs", epochs, "--batch_size", BATCH]
     if method == "sft":
         flags += ["--max_seq_len", CHAT_TOKENS] if longer and context < CHAT_TOKENS else []
@@ -233,6 +239,12 @@ def train_on_pairs(run: OwnRun, parent: Path, data: Path) -> Path:
     return run.train("dpo", parent, data, "DPO on your pairs", "--epochs", 1)
 
 
+def shown_loss(lang: str, found: dict[str, Any]) -> str:
+    """'zh 5.48', with the number of chats that are not in this mean: the context of a base may be shorter."""
+    loss = "not measured" if found["loss"] is None else f"{found['loss']:.2f}"
+    return f"{lang} {loss}" + (f" (without {found['dropped']} longer than its context)" if found["dropped"] else "")
+
+
 def compare_with_base(run: OwnRun, model: Path, chats: Path | None) -> None:
     """Compare the model with the base on held-out chats: loss, and answers side by side."""
     questions = held_out_questions(chats, run.base, SHOWN_QUESTIONS) if chats else []
@@ -244,7 +256,7 @@ def compare_with_base(run: OwnRun, model: Path, chats: Path | None) -> None:
     run.do("comparison", "Compare with the base",
            ["2-eval.py", "--report", run.base, model, *flags, "--json", report], report)  # fmt: skip
     for entry in json.loads(report.read_text(encoding="utf-8"))["models"]:
-        losses = ", ".join(f"{lang} {found['loss']:.2f}" for lang, found in entry["sft_loss"].items())
+        losses = ", ".join(shown_loss(lang, found) for lang, found in entry["sft_loss"].items())
         print(f"{entry['label']}: loss on held-out chats {losses}" if losses else entry["label"])
         for question, row in zip(questions, entry["answers"], strict=False):
             print(f"    {question}\n        {' '.join(row['answer'].split())[:160]}")

@@ -130,6 +130,11 @@ def _figure_notes(report: ReportData) -> list[str]:
     else:
         notes.append("SFT loss: not measured; `--chats FILE` names held-out chats.")
     for model in report["models"]:
+        if dropped := sum(found["dropped"] for found in model["sft_loss"].values()):
+            notes.append(
+                f"{escape_inline(model['label'])}: its SFT loss is without {dropped} of these chats, whose first turn "
+                "is longer than its context; it cannot be compared with that of a model that read them."
+            )
         for name, found in model["bits_per_byte"].items():
             if found["changed"]:
                 changed = f"{found['changed']} of {found['documents']} documents ({escape_inline(name)})"

@@ -312,7 +312,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
     """Open a tokenizer folder. Raises UserError, with the command to run, if it is missing or unreadable."""
     existing = {name: Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
     if "tokenizer.json" not in existing:
-        raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
+        other = "or name the folder of another with --tokenizer, as out/demo/tokenizer"
+        raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first, {other}")
     try:
         return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in existing.items()})
     except (OSError, UnicodeDecodeError, UserError) as error:

@@ -154,10 +154,37 @@ def test_an_interrupted_run_keeps_answers_and_continues(tmp_path, tokenizer, min
     with pytest.raises(KeyboardInterrupt):
         run.do("lora_sft", "Train", ["y"], tmp_path / "there")
     saved = json.loads((tmp_path / "out" / "mine" / "steps.json").read_text(encoding="utf-8"))
+    assert "--epochs 1" in capsys.readouterr().out
     assert saved == {"answers": {"method": False}, "steps": {"sft_data": ["x"]}} and ran == [["y"]]
     assert run.choices.ask("method", "LoRA?") is False and "no (answered before)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--yes"):
         run.choices.ask("new", "New?")
+
+
+def test_chats_longer_than_the_context_of_the_base_are_named_beside_its_loss():
+    """A base with a short context may fit no chat of a language: its loss is then None."""
+    shown_loss = load_script("train_on.py").shown_loss
+    assert shown_loss("zh", {"loss": 5.475, "dropped": 0}) == "zh 5.47"
+    assert shown_loss("zh", {"loss": 11.19, "dropped": 16}) == "zh 11.19 (without 16 longer than its context)"
+    assert shown_loss("en", {"loss": None, "dropped": 2}) == "en not measured (without 2 longer than its context)"
+
+
+def test_epochs_are_the_users_choice(tmp_path, tokenizer, process, monkeypatch, capsys):
+    script = load_script("train_on.py")
+    base = write_base(tmp_path / "base", tokenizer, "full_sft") / "full_sft_32.pth"
+    data = process("sft", write_rows(tmp_path / "chats.jsonl", CHATS))
+    for epochs, words in ((2, ["--epochs", 2]), (0, ["--epochs", 20])):
+        choices = script.Choices({}, True)
+        run = script.OwnRun(script.TrainOnConfig(folder="mine", epochs=epochs), tmp_path / "out", {}, base, choices)
+        commands = []
+        monkeypatch.setattr(run, "do", lambda name, title, command, result, to=commands: to.append(command))
+        script.train_on_chats(run, base, data)
+        at = commands[0].index("--epochs")
+        assert commands[0][at : at + 2] == words and f"Train for {words[1]} epochs" in capsys.readouterr().out
+    choices = script.Choices({"answers": {"method": True, "epochs": False}}, False)
+    run = script.OwnRun(script.TrainOnConfig(folder="mine"), tmp_path / "out", {}, base, choices)
+    with one_line_error("--epochs N"):
+        script.train_on_chats(run, base, data)
 
 
 def test_bad_folders_get_one_line(tmp_path, monkeypatch, tokenizer):
