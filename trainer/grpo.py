@@ -155,7 +155,7 @@ class Rollouts:
         return {name: value / sums[0] for name, value in zip(names, sums[1:], strict=True)}
 
     def log_samples(self, logger: MetricLogger, step: int, groups: list[Group]) -> None:
-        """Log and print the first two answers of the first group, every --sample_interval steps (0: never). step: from 1."""
+        """Log and print the first two answers of the first group every --sample_interval steps (0: never)."""
         interval = self.config.sample_interval
         if not interval or (step != 1 and step % interval):
             return
