@@ -67,15 +67,14 @@ class FlagParser(argparse.ArgumentParser):
             return super().format_help()
         shown = [a for a in reversed(self._actions) if a.help != argparse.SUPPRESS]
         named = {name.lstrip(DASHES): a for a in shown for name in (a.dest, *a.option_strings)}
-        main = [named[name] for name in self.main_flags]
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(short_description(self.description or ""))
         formatter.start_section("main flags")
-        formatter.add_arguments(main)
+        formatter.add_arguments([named[name] for name in self.main_flags])
         formatter.end_section()
-        others = {a.dest for a in shown} - {a.dest for a in main} - {"help", "help_all"}
-        formatter.add_text(f"--help_all describes the other {len(others)} flags and the rest of this text.")
+        others = len({a.dest for a in shown} - {"help", "help_all"}) - len(self.main_flags)
+        formatter.add_text(f"--help_all describes the other {others} flags and the rest of this text.")
         return formatter.format_help()
 
     # ---- errors ----
