@@ -367,7 +367,7 @@ def test_the_parent_may_be_a_transformers_folder(monkeypatch, lora, tokenizer, t
 
 
 def test_lora_flags_do_not_change(monkeypatch, capsys):
-    text = run_here(monkeypatch, capsys, "4-lora_sft.py", "--help").stdout
+    text = run_here(monkeypatch, capsys, "4-lora_sft.py", "--help_all").stdout
     names = "rank alpha lora_dropout targets init_adapter peft_dir init_from data_path resume compile learning_rate"
     assert all(f"--{name} " in text for name in names.split())
     assert "(default: adamw)" in text and load_script("4-lora_sft.py").LoRASFTConfig().weight_decay == 0
