@@ -262,6 +262,7 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     class Other:
         render_each = tokenizer.render_each
         vocab_size, rendering_fingerprint = 100_000, "other"
+        special_ids = chat_marker_ids = frozenset()
 
     other = tokenize_chats(folder, Other(), 512)
     assert read_meta(other)["dtype"] == "uint32" and tokens.is_dir()

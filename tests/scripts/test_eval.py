@@ -246,7 +246,7 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
 
 def test_help_is_fast_and_errors_are_one_line(monkeypatch, capsys, tmp_path):
     before = child_cpu_seconds()
-    shown = run_process(sys.executable, "2-eval.py", "--help")
+    shown = run_process(sys.executable, "2-eval.py", "--help_all")
     assert child_cpu_seconds() - before < 4
     assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
     failed = run_here(monkeypatch, capsys, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")

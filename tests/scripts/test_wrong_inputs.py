@@ -106,5 +106,5 @@ def test_the_suggested_sizes_are_accepted(dim):
 def test_a_file_that_is_no_checkpoint_is_named_as_such(monkeypatch, tmp_path, script, flags):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "README.md", tmp_path)
-    with one_line_error("README.md is not a checkpoint: name a .pth file"):
+    with one_line_error("README.md is not a checkpoint: name a .pth"):
         run_script(monkeypatch, script, *flags)
