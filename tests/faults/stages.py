@@ -148,6 +148,8 @@ READ_ONLY = {
     "train_on.py",  # its own file is steps.json, written by atomic_write; its commands are stages above
     "evaluation.doctor",
     "benchmarks.loaders",
+    "benchmarks.rollout_case",
+    "benchmarks.rollouts",
     "benchmarks.size_sweep",
     "benchmarks.reference_curves",
     "demo_world.speed",

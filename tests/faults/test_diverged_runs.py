@@ -247,7 +247,7 @@ def make_loss_guard(unit, lineage):
 
 def test_the_help_lists_the_divergence_limits(capsys):
     with pytest.raises(SystemExit):
-        parse(TrainConfig, None, ["--help"])
+        parse(TrainConfig, None, ["--help_all"])
     message = " ".join(capsys.readouterr().out.split())
     assert "mean loss of the last 10 steps exceeds this multiple of the first loss (0: off)" in message
     for bad in ("1", "-1", "nan", "inf"):
