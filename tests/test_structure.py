@@ -30,12 +30,12 @@ READING_PATH_LINES = 3529
 
 # Files, lines and classes of the import closure of each lesson.
 BUDGET = {
-    "1-pretrain.py": Size(61, 9939, 93),
+    "1-pretrain.py": Size(61, 9940, 93),
     "2-eval.py": Size(85, 13138, 108),
-    "3-full_sft.py": Size(62, 9787, 89),
-    "4-lora_sft.py": Size(63, 9930, 89),
-    "5-dpo_train.py": Size(71, 11292, 106),
-    "6-grpo_train.py": Size(86, 14083, 129),
+    "3-full_sft.py": Size(62, 9788, 89),
+    "4-lora_sft.py": Size(63, 9931, 89),
+    "5-dpo_train.py": Size(71, 11293, 106),
+    "6-grpo_train.py": Size(86, 14084, 129),
 }
 
 # Public names that several files define, and why.
@@ -45,7 +45,7 @@ REPEATED_NAMES = {
 }
 
 # Lines of the packages with their scripts; data files do not count.
-PART_LINES = {"core": 22253, "applications": 18774}
+PART_LINES = {"core": 22254, "applications": 18774}
 
 # Imports of project files inside functions: optional branches, and modules that need an optional package.
 LAZY_IMPORTS = {

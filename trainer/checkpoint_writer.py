@@ -225,6 +225,6 @@ def lineage_entry(config: TrainConfig, stage: Stage, train_state: TrainState) ->
         "validation": {name: value for name, value in train_state.validation.items() if name not in ("step", unit_key)},
         "learning_rate": config.learning_rate,
         "seed": config.seed,
-        "run": run_digest(config, train_state.identity),
+        "run": run_digest(config, stage, train_state.identity),
         **({"stopped": train_state.objection} if train_state.objection else {}),
     }

@@ -190,13 +190,14 @@ def run_fingerprint(config: TrainConfig, stage: Stage) -> dict[str, Any]:
     }
 
 
-def run_digest(config: TrainConfig, identity: dict[str, Any]) -> str:
+def run_digest(config: TrainConfig, stage: Stage, identity: dict[str, Any]) -> str:
     """16 hex digits of all settings that change the result of a run: the same digest gives the same weights.
 
-    identity: that of run_fingerprint.
+    identity: that of run_fingerprint. A parent that was trained again in another time is the same parent.
     """
+    parents = [{name: value for name, value in entry.items() if name != "seconds"} for entry in stage.lineage]
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
-    content = json.dumps([settings, identity], sort_keys=True, default=str)
+    content = json.dumps([settings, {**identity, "parent": parents}], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -207,7 +208,7 @@ def check_not_finished(config: TrainConfig, stage: Stage, path: Path) -> None:
     facts = ""
     with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
         last = read_checkpoint(path, weights=False)["lineage"][-1]
-        if last.get("run") == run_digest(config, run_fingerprint(config, stage)):
+        if last.get("run") == run_digest(config, stage, run_fingerprint(config, stage)):
             return
         facts = f" ({last['steps']:,} steps on {last['data']})"
     raise UserError(
