@@ -141,7 +141,9 @@ def test_carriage_return_line_ends_are_read(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    more=st.lists(st.text(st.characters(codec="gb2312", exclude_characters="\0<\r\n", exclude_categories=["Cc"]))),
+    more=st.lists(  # few, because the encoding is a guess from statistics of Chinese text
+        st.text(st.characters(codec="gb2312", exclude_characters="\0<\r\n", exclude_categories=["Cc"])), max_size=4
+    ),
     form=st.sampled_from(["csv", "jsonl", "json"]),
     encoding=st.sampled_from(["gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be"]),
     pack=st.sampled_from([bytes, gzip.compress, bz2.compress]),
