@@ -16,6 +16,7 @@ Read next: demo.py (the same from scratch), data_process.py and 4-lora_sft.py (t
 """
 
 import json
+import math
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, replace
@@ -26,7 +27,7 @@ from common.cli import flag, parse
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json, write_text
 from common.flag_groups import RunFlags
-from common.flag_types import max_steps, non_empty_text, non_negative_int, path_string
+from common.flag_types import max_steps, non_empty_text, path_string, positive_float
 from common.locks import lock_output
 from common.steps import PROJECT_FOLDER, python_command, run_command
 from corpus.job_state import input_fingerprints
@@ -65,7 +66,7 @@ class TrainOnConfig(RunFlags):
     yes: bool = flag(False, "accept all recommendations")
     keys: str = flag("", "keys of another row layout, as prompt=ask,answer=reply", type=non_empty_text,
                      metavar="FIELD=KEY,…")  # fmt: skip
-    epochs: int = flag(0, "passes over your chats (0: chosen by their number)", type=non_negative_int, metavar="N")
+    epochs: float = flag(0.0, "passes over your chats (0: chosen by their number)", type=positive_float, metavar="N")
     max_steps: int = flag(0, "quick test: stop each training after this many steps (-1 or 0: no limit)",
                           type=max_steps)  # fmt: skip
 
@@ -218,9 +219,9 @@ def train_on_chats(run: OwnRun, parent: Path, data: Path) -> Path:
         method = "lora" if method == "sft" else "sft"
         print(f"then {METHODS[method]}")
     epochs = run.config.epochs or max(1, min(MAX_EPOCHS[method], round(STEPS * BATCH / count)))
-    steps = run.config.max_steps or -(-count // BATCH) * epochs
+    steps = run.config.max_steps or math.ceil(count / BATCH * epochs)
     print("The training prints the time that is left (eta). Ctrl-C stops it, and the same command continues.")
-    if not run.choices.ask("epochs", f"Train for {epochs} epochs, {steps:,} steps of {BATCH} chats?"):
+    if not run.choices.ask("epochs", f"Train for {epochs:g} epochs, {steps:,} steps of {BATCH} chats?"):
         raise UserError("then add --epochs N; nothing was trained on the chats")
     flags = ["--epochs", epochs, "--batch_size", BATCH]
     if method == "sft":

@@ -7,6 +7,7 @@ only; Ctrl-C ends the server, and the answer so far is saved.
 Skipped without chromium or Python's playwright. Screenshots are saved in .pytest_cache/d/web.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -115,8 +116,6 @@ def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, req
         lengths.append(len(answer.inner_text()))
         time.sleep(0.3)
     assert lengths[0] < lengths[1] < lengths[2], "the answer is streamed"
-    page.screenshot(path=pictures / "2_answering.png")
-    assert not page.get_by_text("问问你训练的模型").count(), "the welcome page is removed"
     stop = page.get_by_role("button", name="停止")
     inner, outer = stop.bounding_box(), page.get_by_test_id("stChatInput").bounding_box()
     assert is_inside(inner, outer), "Stop lies over the input"
@@ -127,6 +126,7 @@ def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, req
             break
         except PlaywrightTimeoutError:
             assert attempt < 4, "Stop does not stop the answer"
+    assert not page.get_by_text("问问你训练的模型").count(), "the welcome page is removed"
     stopped = answer.inner_text()
     assert "▍" not in stopped and stopped.startswith("春眠不觉晓")
     for attempt in range(5):  # the label "copied" shows for 1.5 s, which a busy machine may miss
@@ -150,7 +150,8 @@ def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, req
     question.fill("再来一次")
     question.press("Enter")
     page.get_by_text(NASTY).wait_for()
-    page.get_by_role("button", name="停止").click(force=True)
+    with contextlib.suppress(PlaywrightTimeoutError):  # on a busy machine the answers may have ended by themselves
+        page.get_by_role("button", name="停止").click(force=True, timeout=5000)
     page.get_by_role("button", name="重新回答").wait_for()
     page.get_by_text("按 Markdown 排版").click()
     page.get_by_text("window.pwned=1").first.wait_for()
