@@ -1,5 +1,5 @@
 # make demo    all training stages on the built-in data, offline: six minutes on two CPU cores
-# make demo-rl further steps: a calculator, thoughts, reinforcement learning; about four minutes more
+# make demo-rl further steps: a calculator, thoughts, reinforcement learning; about five minutes more
 # make doctor  what this machine, its libraries, the data and the checkpoints lack for it, each with its fix
 # make experiments  what happens without RMSNorm, without RoPE, …: a picture and a sentence each; out/experiments
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
