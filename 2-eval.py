@@ -4,7 +4,7 @@
     python 2-eval.py --stage pretrain --prompt "The sky is"
     python 2-eval.py --checkpoint ../Qwen3-0.6B  a transformers folder (Llama, Mistral, Qwen2, Qwen3)
     python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     a context 4 times as long as in training
-    python 2-eval.py --prompts FILE.txt          one prompt per line; --history 9: as one conversation
+    python 2-eval.py --prompts FILE.txt          one prompt per line (-: of a pipe); --history 9: as one conversation
     python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search without repeated 5-grams
     python 2-eval.py --tools calculator,clock    the model may call tools; with --questions too
     python 2-eval.py --enable_thinking false     an empty thought before each answer
@@ -91,6 +91,7 @@ def main() -> None:
         return compare_models(config, prompts)
     if not questions and not prompts and not sys.stdin.isatty():
         prompts = list(SCRIPT_PROMPTS)
+        print("standard input is no terminal: the fixed prompts follow (--prompts - reads prompts from it)", flush=True)
 
     options = tool_options(config)
     chat_model = open_chosen_model(config)

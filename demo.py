@@ -40,7 +40,9 @@ from common.steps import ENVIRONMENT, PROJECT_FOLDER, python_command, read_step_
 from demo_world.report import LAST_STAGE, TRAINING, answers_file, make_report, print_report
 from demo_world.rl_report import make_rl_report, print_rl_report
 from demo_world.rl_steps import DemoStep, rl_steps
+from demo_world.texts import DemoTexts
 from demo_world.timing import Estimate, minutes_text
+from evaluation.terminal_texts import terminal_language
 from experiments.catalogue import chosen_experiments, experiment_list
 from model.config import PRESETS
 
@@ -70,6 +72,7 @@ class DemoConfig(Config):
     )
     experiment: str = flag("", "run no stage of the demo but this experiment on its data: a name, all, or list",
                            metavar="NAME", type=flag_types.non_empty_text)  # fmt: skip
+    lang: str = flag("auto", "language of titles and report (auto: that of $LANG)", choices=("auto", "zh", "en"))
 
 
 def with_recipe(command: list[str]) -> list[str]:
@@ -134,7 +137,9 @@ def make_steps(out: Path, seed: int, max_steps: int, fast: bool = False) -> list
     ]  # fmt: skip
 
 
-def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None) -> dict[str, float]:
+def run_steps(
+    steps: list[DemoStep], out: Path, limits: dict[str, float] | None, say: DemoTexts
+) -> dict[str, float]:  # fmt: skip
     """Run the steps that are not complete; return step -> seconds, for skipped steps those of their earlier run.
 
     out/steps.json records the completed commands. If a step runs, all later steps run again.
@@ -152,13 +157,15 @@ def run_steps(steps: list[DemoStep], out: Path, limits: dict[str, float] | None)
     estimate = None
     if limits is not None and complete < len(steps):
         estimate = Estimate(measure_slowdown(), [step.name for step in steps[complete:]], limits)
-        print(estimate.describe(), flush=True)
+        print(estimate.describe(say), flush=True)
     for number, step in enumerate(steps, 1):
-        title = f"\n[{number}/{len(steps)}] {step.title}"
+        title = f"\n[{number}/{len(steps)}] {say(step.title)}"
         if number <= complete:
-            print(f"{title}: already complete", flush=True)
+            print(say("{title}: already complete", title=title), flush=True)
             continue
-        print(title + (f" ({minutes_text(estimate.seconds_left())} to go)" if estimate else ""), flush=True)
+        if estimate:
+            title = say("{title} ({time} to go)", title=title, time=minutes_text(estimate.seconds_left(), say))
+        print(title, flush=True)
         seconds = run_command(step.command, step.results)
         if estimate:
             estimate.finish(step.name, seconds)
@@ -173,7 +180,7 @@ def run_experiments(config: DemoConfig, out: Path) -> None:
     steps = [step for step in make_steps(out, config.seed, 0) if step.name in DATA_STEPS]
     with lock_output(out):
         if not all(path.exists() for step in steps for path in step.results):
-            run_steps(steps, out, None)
+            run_steps(steps, out, None, DemoTexts(terminal_language(config.lang)))
     flags = ["--demo_dir", str(out), "--out_dir", str(out.parent / "experiments")]
     flags += ["--max_steps", str(config.max_steps)] if config.max_steps else []
     for name in names:
@@ -203,27 +210,29 @@ def main() -> None:
         return print(experiment_list())
     if config.experiment:
         return run_experiments(config, out)
-    started = time.perf_counter()
+    started, say = time.perf_counter(), DemoTexts(terminal_language(config.lang))
     with lock_output(out):
         limits = {stage: 60 * minutes for stage, minutes in FAST_MINUTES.items() if config.fast}
         steps = make_steps(out, config.seed, config.max_steps, config.fast)
         steps += rl_steps(out, DIM, config.seed, config.max_steps) if config.rl else []
-        seconds = run_steps(steps, out, None if config.max_steps else limits)
+        seconds = run_steps(steps, out, None if config.max_steps else limits, say)
         report = make_report(out, DIM, seconds, config.seed)
         if config.rl:
             report["rl"] = make_rl_report(out, DIM)
         write_json(out / "report.json", report)
     print()
-    print_report(report)
+    print_report(report, say)
     if config.rl:
-        print_rl_report(report["rl"])
-    print(f"loss curves:  {out}/*_{DIM}.png")
+        print_rl_report(report["rl"], say)
+    print(say("loss curves:  {files}", files=f"{out}/*_{DIM}.png"))
     from trainer.report_page import write_page  # imports torch; the last training wrote the page before its questions
 
-    print(f"report to open in a browser:  {write_page(out)}    as JSON:  {out / 'report.json'}")
+    line = "report to open in a browser:  {page}    as JSON:  {json}"
+    print(say(line, page=write_page(out), json=out / "report.json"))
     model = out / f"{'grpo' if config.rl else LAST_STAGE}_{DIM}.pth"
-    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {model}{' --tools calculator' * config.rl}")
-    print(f"demo.py took {time.perf_counter() - started:.0f} seconds")
+    command = f"{python_command()} 2-eval.py --checkpoint {model}{' --tools calculator' * config.rl}"
+    print(say("chat with it:  {command}", command=command))
+    print(say("demo.py took {seconds} seconds", seconds=f"{time.perf_counter() - started:.0f}"))
 
 
 if __name__ == "__main__":

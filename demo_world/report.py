@@ -11,9 +11,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from common.errors import UserError
 from common.metric_keys import with_current_metric_keys
 from corpus.language import LANGUAGES
+from demo_world.texts import DemoTexts
 
 # Training stage -> key in report.json of its answers to the held-out questions.
 TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
@@ -115,19 +118,30 @@ def make_report(out: Path, dim: int, seconds: dict[str, float], seed: int) -> di
     }
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any], say: DemoTexts) -> None:
     """Print the results of each stage and ten sampled answers."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    console.rule("results of each stage")
-    headers = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
+    console.rule(say("results of each stage"))
+    bits_zh, right_zh = f"{say('bits/byte')}\nzh", f"{say('right')}\nzh"
+    headers = (
+        say("stage"),
+        say("seconds"),
+        say("tokens"),
+        say("tok/s"),
+        say("loss"),
+        bits_zh,
+        "\nen",
+        right_zh,
+        "\nen",
+    )
     table = Table(*headers, box=None, padding=(0, 2, 0, 0))
     for stage, moment in TRAINING.items():
         log, right = report["stages"][stage], report["answer_accuracy"][moment]
         bits, seconds = log["bits_per_byte"], report["seconds"][stage]
-        amount = f"{log['pairs']:,} pairs" if "pairs" in log else f"{log['tokens']:,}"
+        amount = say("{count} pairs", count=f"{log['pairs']:,}") if "pairs" in log else f"{log['tokens']:,}"
         speed = "" if "pairs" in log else f"{log['tokens_per_second']:,}"
         table.add_row(
             *(stage, f"{seconds:.0f}", amount, speed, f"{log['final_loss']:.3f}"),
@@ -135,42 +149,62 @@ def print_report(report: dict[str, Any]) -> None:
             *(f"{right.get(lang, 0):.1%}" for lang in LANGUAGES),
         )
     console.print(table)
-    for line in explain_columns(report):
+    for line in explain_columns(report, say):
         console.print(line, highlight=False)
-    console.rule("ten of the held-out questions, sampled at random")
+    console.rule(say("ten of the held-out questions, sampled at random"))
     for sample in report["samples"]:
-        mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
+        mark = f"[green]{say('right')}[/]"
+        if not sample["correct"]:
+            mark = f"[red]{say('wrong')}[/] ({say('expected: {key}', key=sample['keys'][0])})"
         console.print(f"[bold]{sample['question']}[/]  {mark}", highlight=False)
         console.print(f"    {sample['answer']}", highlight=False, markup=False)
-    console.rule("done")
+    console.rule(say("done"))
     for stage, reason in report["cut_short"].items():
-        console.print(f"{stage} was cut short: {reason}", highlight=False, markup=False)
-    minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
-    console.print(f"{millions:.1f} M parameters, trained from scratch; all steps took {minutes:.1f} minutes.")
+        console.print(say("{stage} was cut short: {reason}", stage=stage, reason=reason), highlight=False, markup=False)
+    minutes, millions = f"{report['total_seconds'] / 60:.1f}", f"{report['parameters'] / 1e6:.1f}"
+    last = "{millions} M parameters, trained from scratch; all steps took {minutes} minutes."
+    console.print(say(last, millions=millions, minutes=minutes))
 
 
-def explain_columns(report: dict[str, Any]) -> list[str]:
+def explain_columns(report: dict[str, Any], say: DemoTexts) -> list[str]:
     """Lines below the table: the meaning of its columns, and the results without a column."""
 
     def counts(scores: dict[str, Any]) -> str:
-        return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
+        return ", ".join(
+            say("{lang} {right} of {questions}", lang=k, right=scores[k]["correct"], questions=scores[k]["questions"])
+            for k in LANGUAGES
+            if k in scores
+        )
 
     kinds, identity, exam = report["answer_kinds"]["after_sft"], report["identity"], report["exam"]
+    before, after = counts(identity["before_lora"]), counts(identity["after_lora"])
     dpo = report["stages"]["dpo"]
+    width = max(cell_len(say(name)) for name in COLUMNS)
     lines = [
-        *(f"{name:9s}  {meaning}" for name, meaning in COLUMNS.items()),
-        "Right after SFT:",
-        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
-        "Right when asked for the new name and job that LoRA trains, in words of no training text:",
-        f"  before LoRA: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
+        *(f"{set_cell_size(say(name), width)}  {say(meaning)}" for name, meaning in COLUMNS.items()),
+        say("Right after SFT:"),
+        *(
+            "  " + say("{meaning}: {counts}", meaning=say(meaning), counts=counts(kinds[kind]))
+            for kind, meaning in KINDS.items()
+            if kind in kinds
+        ),
+        say("Right when asked for the new name and job that LoRA trains, in words of no training text:"),
+        "  " + say("before LoRA: {before}; after: {after}", before=before, after=after),
     ]
     if "val_reward_accuracy" in dpo:
         lines += [
-            "Held-out pairs of DPO:",
-            "  preferred: pairs whose chosen answer has the higher log-probability per token",
-            "  moved: pairs whose chosen answer has gained more log-probability than the rejected one",
+            say("Held-out pairs of DPO:"),
+            "  " + say("preferred: pairs whose chosen answer has the higher log-probability per token"),
+            "  " + say("moved: pairs whose chosen answer has gained more log-probability than the rejected one"),
         ]
         for lang, moved in dpo.get("val_reward_accuracy", {}).items():
-            before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
-            lines.append(f"  {lang}: preferred {before:.1%} before, {after:.1%} after; moved {moved:.1%}")
-    return [*lines, f"Exam, {exam['questions']} questions with four options each:", f"  {exam['sentence']}"]
+            preferred = {
+                moment: f"{dpo[f'val_chosen_preferred{suffix}'][lang]:.1%}"
+                for moment, suffix in (("before", "_before"), ("after", ""))
+            }
+            line = "{lang}: preferred {before} before, {after} after; moved {moved}"
+            lines.append("  " + say(line, lang=lang, moved=f"{moved:.1%}", **preferred))
+    percent = {name: f"{exam[name]:.1%}" for name in ("accuracy", "low", "high", "chance")}
+    line = "{accuracy} correct, 95 % confidence interval {low} to {high}; random guessing scores {chance} on average"
+    title = say("Exam, {questions} questions with four options each:", questions=exam["questions"])
+    return [*lines, title, "  " + say(line, **percent)]

@@ -10,6 +10,7 @@ from typing import Any
 from corpus.language import LANGUAGES
 from demo_world.report import read_result
 from demo_world.rl_steps import QUESTIONS, answers_path
+from demo_world.texts import DemoTexts
 
 MOMENTS = {"dpo": "before", "tools": "SFT with tools", "grpo": "GRPO"}
 MEANINGS = {
@@ -40,29 +41,30 @@ def make_rl_report(out: Path, dim: int) -> dict[str, Any]:
     }
 
 
-def print_rl_report(report: dict[str, Any]) -> None:
+def print_rl_report(report: dict[str, Any], say: DemoTexts) -> None:
     """Print the table of right answers, what each line means, and two rollouts of the last logged step."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    console.rule("tools, thoughts and reinforcement learning")
+    console.rule(say("tools, thoughts and reinforcement learning"))
     headers = [
-        f"{moment}\n{lang}" if lang == LANGUAGES[0] else f"\n{lang}"
+        f"{say(moment)}\n{lang}" if lang == LANGUAGES[0] else f"\n{lang}"
         for moment in MOMENTS.values()
         for lang in LANGUAGES
     ]
-    table = Table("right answers", *headers, box=None, padding=(0, 2, 0, 0))
+    table = Table(say("right answers"), *headers, box=None, padding=(0, 2, 0, 0))
     for questions, stages in report["accuracy"].items():
         cells = (stages.get(stage, {}).get(lang) for stage in MOMENTS for lang in LANGUAGES)
         table.add_row(questions, *("" if cell is None else f"{cell:.1%}" for cell in cells))
     console.print(table)
     for questions, meaning in MEANINGS.items():
-        console.print(f"{questions:10s}  {meaning}", highlight=False)
-    reward = report["reward"]
-    text = f"mean reward of the sampled answers: {reward['first']:.2f} in step 1, {reward['last']:.2f} in the last one"
-    console.print(text, highlight=False)
-    console.rule("two sampled answers to one prompt, in the last step that the log shows")
+        console.print(f"{questions:10s}  {say(meaning)}", highlight=False)
+    reward = {moment: f"{report['reward'][moment]:.2f}" for moment in ("first", "last")}
+    line = "mean reward of the sampled answers: {first} in step 1, {last} in the last one"
+    console.print(say(line, **reward), highlight=False)
+    console.rule(say("two sampled answers to one prompt, in the last step that the log shows"))
     for sample in report["samples"]:
-        console.print(f"[bold]reward {sample['reward']:.2f}[/]", highlight=False)
+        reward_text = say("reward {reward}", reward=f"{sample['reward']:.2f}")
+        console.print(f"[bold]{reward_text}[/]", highlight=False)
         console.print(f"    {sample['prompt']}\n    {sample['answer']}", highlight=False, markup=False)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from demo_world.report import TRAINING
+from demo_world.texts import DemoTexts
 
 REFERENCE_SECONDS = {
     "world": 3.4, "tokenizer": 5.6, "pretrain_data": 1.5, "sft_data": 1.9, "identity_data": 0.7, "dpo_data": 0.8,
@@ -23,6 +24,14 @@ RL_REFERENCE_SECONDS = {  # of the further steps of demo.py --rl
 ALL_SECONDS = REFERENCE_SECONDS | RL_REFERENCE_SECONDS
 TRAININGS = (*TRAINING, "tools", "grpo")
 SLOW = 1.5  # a slowdown from which on the estimate says that the machine is slow
+SLOW_WHOLE = (
+    "A training step takes {slowdown} times as long as on two quiet cores: the models will be as good, only later. "
+    "(--fast ends each training after a fixed time.)"
+)
+SLOW_FAST = (
+    "A training step takes {slowdown} times as long as on two quiet cores: with --fast each training sees less text "
+    "and the models are worse."
+)
 
 
 class Estimate:
@@ -46,19 +55,16 @@ class Estimate:
         if name in TRAININGS and name not in self.limits:
             self.slowdown = seconds / ALL_SECONDS[name]
 
-    def describe(self) -> str:
+    def describe(self, say: DemoTexts) -> str:
         """The first line of the demo."""
-        text = f"This will take {minutes_text(self.seconds_left())}."
+        text = say("This will take {time}.", time=minutes_text(self.seconds_left(), say))
         if self.slowdown < SLOW:
             return text
-        text += f" A training step takes {self.slowdown:.1f} times as long as on two quiet cores"
-        if self.limits:
-            return f"{text}: with --fast each training sees less text and the models are worse."
-        return f"{text}: the models will be as good, only later. (--fast ends each training after a fixed time.)"
+        return f"{text} {say(SLOW_FAST if self.limits else SLOW_WHOLE, slowdown=f'{self.slowdown:.1f}')}"
 
 
-def minutes_text(seconds: float) -> str:
+def minutes_text(seconds: float, say: DemoTexts) -> str:
     """`about 6 minutes`; below two minutes in seconds."""
     if seconds >= 120:
-        return f"about {seconds / 60:.0f} minutes"
-    return f"about {math.ceil(seconds)} seconds" if seconds > 1 else "about 1 second"
+        return say("about {minutes} minutes", minutes=f"{seconds / 60:.0f}")
+    return say("about {seconds} seconds", seconds=math.ceil(seconds)) if seconds > 1 else say("about 1 second")

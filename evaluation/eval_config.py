@@ -32,7 +32,7 @@ class EvalConfig(InferenceFlags, SamplingFlags, RopeFlags, RunFlags):
     stage: str = flag("", "pretrain, full_sft, …: that stage's model (default: the latest)", **_MODEL)
     checkpoint: str = flag("", "a .pth file or a transformers folder, instead of --stage", **_MODEL)
     prompt: str | None = flag(None, "one prompt", exclusive="prompts", **_PROMPTS)
-    prompts: str = flag("", "text file, one prompt per line", **_FILE)
+    prompts: str = flag("", "text file, one prompt per line; -: standard input", **_FILE)
     questions: str = flag("", "jsonl file of questions with keys: greedy answers, prints the accuracy", **_FILE)
     system: str = flag("", "system message of every conversation", metavar="TEXT", **_PROMPTS)
     history: int | None = flag(

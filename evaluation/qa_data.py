@@ -7,8 +7,10 @@ must match a whole word or number ("12" does not match "120" or "1.12"); other C
 Read next: qa.py (generates and scores the answers), ../2-eval.py (the command).
 """
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ def system_messages(text: str) -> list[Message]:
 
 
 def read_prompt_lines(path: str) -> list[tuple[str, str]]:
-    """(file:line, text) of the non-empty lines. Raises UserError where there are none."""
+    """(file:line, text) of the non-empty lines; path "-": of standard input. Raises UserError where there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        data, path = (sys.stdin.buffer.read(), "stdin") if path == "-" else (Path(path).read_bytes(), path)
+        lines = io.StringIO(data.decode("utf-8-sig"), newline=None).readlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     found = [(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]

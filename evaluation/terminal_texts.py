@@ -2,7 +2,7 @@
 
     texts = terminal_texts("auto")      of the language of $LC_ALL, $LC_MESSAGES or $LANG; --lang chooses one
 
-Called by terminal_chat.py.
+Called by terminal_chat.py; demo.py has its own texts.
 """
 
 import os
@@ -75,9 +75,14 @@ CHINESE = {
 }
 
 
-def terminal_texts(lang: str) -> dict[str, str]:
-    """The texts of "zh" or "en"; "auto": of the first of $LC_ALL, $LC_MESSAGES and $LANG that is set, else English."""
+def terminal_language(lang: str) -> str:
+    """Return "zh" or "en". "auto": of the first of $LC_ALL, $LC_MESSAGES and $LANG that is set, else English."""
     if lang == "auto":
         names = (os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
         lang = next(filter(None, names), "")[:2]
-    return CHINESE if lang == "zh" else ENGLISH
+    return "zh" if lang == "zh" else "en"
+
+
+def terminal_texts(lang: str) -> dict[str, str]:
+    """The texts of "zh", "en" or "auto" (the language of the terminal)."""
+    return CHINESE if terminal_language(lang) == "zh" else ENGLISH

@@ -8,6 +8,7 @@ import demo
 from demo_world import speed
 from demo_world.report import TRAINING
 from demo_world.rl_steps import rl_steps
+from demo_world.texts import DemoTexts
 from demo_world.timing import REFERENCE_SECONDS, RL_REFERENCE_SECONDS, Estimate, minutes_text
 
 
@@ -31,8 +32,8 @@ def test_a_slow_machine_takes_longer_and_is_told_so():
     total = sum(REFERENCE_SECONDS.values())
     fast, slow = Estimate(1.0, REFERENCE_SECONDS, {}), Estimate(3.0, REFERENCE_SECONDS, {})
     assert fast.seconds_left() == pytest.approx(total) and slow.seconds_left() == pytest.approx(3 * total)
-    assert fast.describe() == f"This will take {minutes_text(total)}."
-    assert "3.0 times as long" in slow.describe() and "--fast" in slow.describe()
+    assert fast.describe(DemoTexts()) == f"This will take {minutes_text(total, DemoTexts())}."
+    assert "3.0 times as long" in slow.describe(DemoTexts()) and "--fast" in slow.describe(DemoTexts())
 
 
 def test_a_finished_training_corrects_the_estimate():
@@ -48,7 +49,7 @@ def test_a_finished_training_corrects_the_estimate():
 def test_fast_bounds_the_trainings_on_any_machine():
     limits = {stage: 60 * minutes for stage, minutes in demo.FAST_MINUTES.items()}
     estimate = Estimate(1000.0, TRAINING, limits)
-    assert estimate.seconds_left() == sum(limits.values()) and "less text" in estimate.describe()
+    assert estimate.seconds_left() == sum(limits.values()) and "less text" in estimate.describe(DemoTexts())
     estimate.finish("pretrain", limits["pretrain"])
     assert estimate.slowdown == 1000.0, "a training that ends by time says nothing about the speed"
     assert limits.keys() == TRAINING.keys()
@@ -79,4 +80,4 @@ def test_the_slowdown_is_measured_on_the_model_of_the_recipe():
     ("seconds", "text"), [(0.2, "1 second"), (90, "90 seconds"), (150, "2 minutes"), (394, "7 minutes")]
 )
 def test_minutes_text(seconds, text):
-    assert minutes_text(seconds).startswith(f"about {text}")
+    assert minutes_text(seconds, DemoTexts()).startswith(f"about {text}")

@@ -67,10 +67,21 @@ def test_each_line_of_prompts_file_is_answered(out, monkeypatch, capsys, tmp_pat
     assert "> 一\nA巴\n" in shown and "> two\u2028three\nA巴\n" in shown and shown.count("\n> ") == 2
 
 
+def test_prompts_are_read_from_a_pipe(out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("一\n\ntwo\n".encode())))
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", "-")
+    shown = capsys.readouterr().out
+    assert "> 一\nA巴\n" in shown and "> two\nA巴\n" in shown and shown.count("\n> ") == 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(UserError, match="stdin is empty"):
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", "-")
+
+
 def test_non_interactive_run_answers_fixed_prompts(out, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     run_script(monkeypatch, "2-eval.py", "--out_dir", out)
     shown = capsys.readouterr().out
+    assert "--prompts - reads prompts from it" in shown
     assert all(f"> {prompt}\nA巴\n" in shown for prompt in SCRIPT_PROMPTS) and len(SCRIPT_PROMPTS) == 16
 
 
