@@ -11,10 +11,10 @@ CHINESE_LINES = {
     # titles of the steps
     "Generate the demo world": "生成演示用的小世界",
     "Train the tokenizer": "训练分词器",
-    "Tokenize the texts": "把文本转成 token",
-    "Tokenize the chats": "把对话转成 token",
-    "Tokenize the chats about a new name": "把关于新名字的对话转成 token",
-    "Tokenize the preference pairs": "把偏好对转成 token",
+    "Tokenize the texts": "把文本转成词元",
+    "Tokenize the chats": "把对话转成词元",
+    "Tokenize the chats about a new name": "把关于新名字的对话转成词元",
+    "Tokenize the preference pairs": "把偏好对转成词元",
     "Pretrain on the texts": "预训练：学习续写文本",
     "Ask the pretrained model the held-out questions": "向预训练模型提问（留出的问题）",
     "Fine-tune on the chats": "SFT：用对话微调",
@@ -28,7 +28,7 @@ CHINESE_LINES = {
     "Generate an exam about the demo world": "生成关于小世界的考试",
     "Evaluate the exam by log-probabilities": "考试：按对数概率给选项打分",
     "Generate chats with a calculator and thoughts, and sums": "生成带计算器和思考的对话，以及加法题",
-    "Tokenize these chats": "把这些对话转成 token",
+    "Tokenize these chats": "把这些对话转成词元",
     "Prepare the sums as prompts": "把加法题做成提示词",
     "Ask the model of the demo for sums of three terms": "问演示模型三个数的加法",
     "Fine-tune on these chats": "用这些对话微调",
@@ -55,17 +55,17 @@ CHINESE_LINES = {
     "results of each stage": "各阶段的结果",
     "stage": "阶段",
     "seconds": "秒",
-    "tokens": "token",
-    "tok/s": "token/秒",
+    "tokens": "词元",
+    "tok/s": "词元/秒",
     "loss": "损失",
     "bits/byte": "比特/字节",
     "right": "答对",
     "{count} pairs": "{count} 对",
     "time of the script, with loading and saving": "脚本的用时，含加载和保存",
-    "tokens that the loss counted; for DPO pairs of answers": "计入损失的 token 数；DPO 为回答对的数目",
-    "trained tokens per second": "每秒训练的 token 数",
+    "tokens that the loss counted; for DPO pairs of answers": "计入损失的词元数；DPO 为回答对的数目",
+    "trained tokens per second": "每秒训练的词元数",
     "-log p per token (DPO: per pair) in the last steps; lower is better":
-        "最后几步里每个 token（DPO：每对）的 -log p，越低越好",
+        "最后几步里每个词元（DPO：每对）的 -log p，越低越好",
     "-log2 p of held-out texts (later stages: held-out answers) per byte; lower is better":
         "留出文本（后面的阶段：留出回答）每字节的 -log2 p，越低越好",
     "held-out questions whose answer contains the exact key; no stage trained on their wording":
@@ -81,7 +81,7 @@ CHINESE_LINES = {
     "before LoRA: {before}; after: {after}": "LoRA 之前：{before}；之后：{after}",
     "Held-out pairs of DPO:": "DPO 的留出回答对：",
     "preferred: pairs whose chosen answer has the higher log-probability per token":
-        "偏好正确：每 token 对数概率较高的是好回答",
+        "偏好正确：每个词元的对数概率较高的是好回答",
     "moved: pairs whose chosen answer has gained more log-probability than the rejected one":
         "方向正确：好回答的对数概率比坏回答增加得更多",
     "{lang}: preferred {before} before, {after} after; moved {moved}":

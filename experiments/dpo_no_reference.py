@@ -9,7 +9,7 @@ Read next: ../5-dpo_train.py (preference_loss).
 
 import torch
 
-from experiments.pictures import compared, draw_points, label_axes, new_picture, span
+from experiments.pictures import compared, draw_arm_losses, draw_points, new_picture, span
 from experiments.training import Workspace
 from trainer.curves import save_figure
 from trainer.datasets import PreferenceDataset
@@ -39,12 +39,8 @@ def dpo_no_reference(space: Workspace) -> str:
         f"moved the right way (with it {span(ranked['with reference'], percent)})."
     )
     figure, (left, middle, right) = new_picture(3)
-    for color, (name, group) in enumerate(arms.items()):
-        for i, arm in enumerate(group):
-            left.plot([row["pairs"] for row in arm.steps], [row["preference_loss"] for row in arm.steps],
-                      color=f"C{color}", linewidth=1, alpha=0.8, label="_" * bool(i) + name)  # fmt: skip
-    label_axes(left, "pairs trained", "loss per pair")
-    left.legend()
+    draw_arm_losses(left, arms, "pairs", 1.0)
+    left.set_ylabel("loss per pair")
     draw_points(middle, far, "distance from the parent (KL, nats per token)")
     draw_points(right, chosen, "change of log p of the chosen answer (nats)")
     save_figure(figure, space.out / "dpo_no_reference.png", "DPO with and without its reference model")

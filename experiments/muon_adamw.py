@@ -11,7 +11,7 @@ from experiments.pictures import compared, draw_arm_losses, draw_rates, new_pict
 from experiments.training import SMALL_MODEL, Workspace
 from trainer.curves import save_figure
 
-_RATES = {"muon": (0.004, 0.008, 0.016), "adamw": (0.002, 0.006, 0.018)}
+_RATES = {"muon": (0.004, 0.008, 0.016), "adamw": (0.002, 0.004, 0.008)}
 NAMES = {"muon": "Muon", "adamw": "AdamW"}
 
 

@@ -29,6 +29,7 @@ from common.errors import UserError
 from evaluation.qa_data import KeyedQuestion, is_correct
 from model.checkpoint import load_model
 from model.completion import Completion
+from model.config import PRESETS
 from model.generate import chat_prompt, generate
 from model.lora import LoRAConfig, attach
 from model.sampling import SamplingParams
@@ -148,6 +149,11 @@ class Workspace:
         if not (texts / "meta.json").exists():
             run_script(["data_process.py", "pretrain", source, "--tokenizer", str(tokenizer), "--out_dir", str(texts)])
         return ["--data_path", str(texts), "--tokenizer", str(tokenizer)]
+
+    def demo_model(self, stage: str) -> Path:
+        """Return the checkpoint of the demo, "pretrain" or "full_sft"; without one, and in quick tests, `parent`."""
+        path = self.demo / f"{stage}_{PRESETS['demo']['dim']}.pth"
+        return self.parent(stage) if self.max_steps or not path.exists() else path
 
     def parent(self, stage: str) -> Path:
         """Return the checkpoint of a small parent, "pretrain" or "full_sft"; train it if it does not exist."""
