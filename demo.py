@@ -48,7 +48,7 @@ from model.config import PRESETS
 
 DIM = PRESETS["demo"]["dim"]
 FLAGS = {
-    "world": "--statement_rounds 48 --chat_rounds 7",
+    "world": "--statement_rounds 46 --chat_rounds 7",
     "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # with --max_steps: a smaller world
     "tokenizer": "--vocab_size 5120",
     "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored

