@@ -103,7 +103,7 @@ class OwnRun:
     choices: Choices
     done: dict[str, list[str]] = field(default_factory=dict)  # the steps that are complete now
 
-    def do(self, name: str, title: str, command: list[Any], result: Path) -> None:
+    def do(self, name: str, title: str, command: list[Any], result: Path, quiet: bool = False) -> None:
         """Run a command, unless it is complete: recorded with the same flags, and its result exists."""
         words = [str(word) for word in command]
         self.done[name] = words
@@ -114,7 +114,7 @@ class OwnRun:
         self.record["steps"] = {step: self.done[step] for step in self.done if step != name}
         write_json(self.out / "steps.json", self.record)  # with the answers, in case of an interruption
         try:
-            run_command(words, [result])
+            run_command(words, [result], quiet)
         except KeyboardInterrupt:
             print("The same command of train_on.py continues. A training is shorter with --epochs 1 or --max_steps N.")
             raise
@@ -164,14 +164,16 @@ def prepare(run: OwnRun, kind: str, files: list[str], tokenizer: Path) -> Path |
     flags += [] if kind == "text" else ["--max_seq_len", max(CHAT_TOKENS, context_of(run.base))]
     flags += ["--keys", run.config.keys] if run.config.keys else []
     result = run.out / command
-    if run.record.get("steps", {}).get(f"{command}_data") is None:
+    checks = run.record.get("steps", {}).get(f"{command}_data") is None
+    if checks:  # prints the report of the rows, so that the command below need not
         print(f"\nCheck the {plural}: what is read, what is left out, and a sample", flush=True)
         run_command(list(map(str, ["data_process.py", command, *files, *flags, "--check", "--samples", 1])))
     if not run.choices.ask(f"use_{kind}", f"\nTrain on these {plural}?"):
         print("Other keys: --keys prompt=KEY,answer=KEY; other layouts: data_process.py --list_layouts")
         return None
     run.do(f"{command}_data", f"Prepare the {plural}",
-           ["data_process.py", command, *files, *flags, "--out_dir", result], result)  # fmt: skip
+           ["data_process.py", command, *files, *flags, "--out_dir", result], result, quiet=checks)  # fmt: skip
+    print(f"written: {result}")
     return result
 
 

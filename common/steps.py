@@ -33,10 +33,11 @@ def read_step_record(path: Path) -> dict[str, Any]:
     return {name: e for name, e in entries if isinstance(e, dict) and type(e.get("seconds")) in (int, float)}
 
 
-def run_command(command: list[str], results: Sequence[Path] = ()) -> float:
+def run_command(command: list[str], results: Sequence[Path] = (), quiet: bool = False) -> float:
     """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails.
 
-    Models among `results` are removed first: a training does not replace a finished one. An interrupted one continues.
+    quiet: what it writes to stdout is not shown. Models among `results` are removed first: a training does not replace
+    a finished one. An interrupted one continues.
     """
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     for path in results:
@@ -44,7 +45,10 @@ def run_command(command: list[str], results: Sequence[Path] = ()) -> float:
             path.unlink(missing_ok=True)
     started, interrupted = time.perf_counter(), None
     variables = ENVIRONMENT | dict(os.environ)
-    child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER, env=variables)  # our scripts  # nosec B603
+    shown = subprocess.DEVNULL if quiet else None
+    child = subprocess.Popen(  # our scripts  # nosec B603
+        [sys.executable, *command], cwd=PROJECT_FOLDER, env=variables, stdout=shown
+    )
     while True:
         try:
             code = child.wait()

@@ -12,10 +12,10 @@ from corpus.stats import DataStats
 
 @contextlib.contextmanager
 def reading_progress_bar(files: Sequence[str], stats: DataStats) -> Iterator[Callable[[], None]]:
-    """Show how much of the files is read, if stdout is a terminal; yields the function that updates the bar."""
+    """Show on stderr how much of the files is read, if it is a terminal; yields the function that updates the bar."""
     total = sum(Path(file).stat().st_size for file in files)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    console = Console()
+    console = Console(stderr=True)
     with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=total)
 

@@ -11,14 +11,14 @@ from demo_world.report import TRAINING
 from demo_world.texts import DemoTexts
 
 REFERENCE_SECONDS = {
-    "world": 3.4, "tokenizer": 5.6, "pretrain_data": 1.5, "sft_data": 1.9, "identity_data": 0.7, "dpo_data": 0.8,
-    "pretrain": 183.7, "score_pretrain": 4.2, "full_sft": 81.9, "score_full_sft": 2.9, "identity_before": 1.8,
-    "lora_sft": 28.0, "identity_after": 1.9, "score_lora_sft": 3.0, "dpo": 18.9, "score_dpo": 3.1,
+    "world": 3.3, "tokenizer": 5.3, "pretrain_data": 1.4, "sft_data": 1.9, "identity_data": 0.7, "dpo_data": 0.8,
+    "pretrain": 177.4, "score_pretrain": 3.5, "full_sft": 79.9, "score_full_sft": 2.9, "identity_before": 1.8,
+    "lora_sft": 29.4, "identity_after": 1.9, "score_lora_sft": 3.0, "dpo": 18.9, "score_dpo": 3.1,
     "exam": 0.4, "score_exam": 3.2,
 }  # fmt: skip
 RL_REFERENCE_SECONDS = {  # of the further steps of demo.py --rl
-    "tool_world": 0.6, "tools_data": 2.3, "rl_data": 0.6, "dpo_arithmetic": 2.6, "tools": 149.0,
-    "tools_arithmetic": 3.1, "tools_calculator": 7.8, "tools_world": 3.2, "grpo": 101.2, "grpo_arithmetic": 3.0,
+    "tool_world": 0.6, "tools_data": 2.3, "rl_data": 0.6, "dpo_arithmetic": 2.6, "tools": 143.8,
+    "tools_arithmetic": 3.1, "tools_calculator": 7.8, "tools_world": 3.2, "grpo": 94.0, "grpo_arithmetic": 3.0,
     "grpo_calculator": 7.9, "grpo_world": 3.3,
 }  # fmt: skip
 ALL_SECONDS = REFERENCE_SECONDS | RL_REFERENCE_SECONDS

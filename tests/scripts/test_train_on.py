@@ -95,7 +95,7 @@ def train_on(monkeypatch, tmp_path):
     """Runs train_on.py with its commands in this process; returns them."""
     script, commands = load_script("train_on.py"), []
 
-    def run_command(command, results=()):
+    def run_command(command, results=(), quiet=False):
         commands.append(" ".join(command))
         monkeypatch.setattr(sys, "argv", command)
         load_script(command[0]).main()
