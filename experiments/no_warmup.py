@@ -2,7 +2,7 @@
 
     rate of step t = peak * (t + 1) / 21 for t < 20         without: peak
 
-An update of Muon has the same size whatever the size of the gradient: only the rate limits the first steps.
+The size of an update of Muon does not depend on that of the gradient: only the rate limits the first steps.
 Read next: ../trainer/optim.py (lr_multiplier).
 """
 
