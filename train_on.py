@@ -32,6 +32,7 @@ from common.locks import lock_output
 from common.steps import PROJECT_FOLDER, python_command, run_command
 from corpus.job_state import input_fingerprints
 from evaluation.own_files import (
+    comparable_chats,
     context_of,
     find_base,
     held_out_questions,
@@ -254,7 +255,8 @@ def compare_with_base(run: OwnRun, model: Path, chats: Path | None) -> None:
     flags: list[Any] = []
     if chats and questions:
         write_text(run.out / "questions.txt", "\n".join(questions) + "\n")
-        flags = ["--prompts", run.out / "questions.txt", "--chats", chats / "val.jsonl"]
+        shared = comparable_chats(chats, run.base, run.out / "compared.jsonl")
+        flags = ["--prompts", run.out / "questions.txt", "--chats", shared]
     report = run.out / "comparison.json"
     run.do("comparison", "Compare with the base",
            ["2-eval.py", "--report", run.base, model, *flags, "--json", report], report)  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import write_text
 from corpus.dataset_meta import read_checked_meta
 from corpus.input_files import expand_inputs
 from corpus.layouts import parse_keys
@@ -105,3 +106,19 @@ def held_out_questions(folder: Path, base: Path, count: int) -> list[str]:
     texts = (message["content"] for row in rows for message in row["messages"][:2] if message["role"] == "user")
     fitting = (text for text in texts if text and "\n" not in text and len(tokenizer.encode(text)) <= limit)
     return list(islice(fitting, count))
+
+
+def comparable_chats(folder: Path, base: Path, path: Path) -> Path:
+    """Write the validation chats that fit into the base's context to `path`; return it, or all if none or all fit.
+
+    A model with a longer context is compared on the chats that the base reads whole too.
+    """
+    tokenizer, limit = load_carried_tokenizer(open_facts(base), base), context_of(base)
+    lines = (folder / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    fitting = [line for line in lines if len(tokenizer.render(json.loads(line)["messages"])[0]) <= limit]
+    if len(fitting) in (0, len(lines)):
+        return folder / "val.jsonl"
+    write_text(path, "".join(f"{line}\n" for line in fitting))
+    print(f"{len(lines) - len(fitting)} of {len(lines)} held-out chats are longer than the {limit} tokens of the base: "
+          "the losses are those of the others")  # fmt: skip
+    return path

@@ -24,8 +24,8 @@ from tests.helpers import ROOT
 GOLDEN = {
     "chats.jsonl": "540f4f351f31bc33d8d60b64a0605b63810bf5704c75679a74b1d10927b92f6d",
     "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
-    "identity.jsonl": "78d698c7b1167ffe3f1e0be503e2fe5b7e26f31faf4e6f92e14295c8637a334e",
-    "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
+    "identity.jsonl": "55a4d7c6c764bc72d2a97ac8d2d546e39d1b8a7465bb897e342c342133853f53",
+    "identity_questions.jsonl": "271c916003ed13262c90beb1b89a97864e90c0e6fbcfab7868de9e1b40a3401d",
     "pairs.jsonl": "eb2bb135863381bc91672069640356785296890952bdcc842a11755e4abb6c2d",
     "pretrain.jsonl": "0a8a9888bb742ddd9075b2dc0f3443254fce2b7ba7ec46227414822912d16704",
     "questions.jsonl": "77857bd33af02524e2421476d4b288038d42be4269f0bb7b88513e2082045735",
@@ -35,8 +35,8 @@ GOLDEN = {
 GOLDEN_SMALL = {
     "chats.jsonl": "6617a7737aad818a326f29b28b7d7d99b60367b23e3aef16ae028af1f8483a73",
     "facts.jsonl": "81aed799370f7410874758821bc04586eac339e41c4ac31f5238ef2eb896895e",
-    "identity.jsonl": "b5c467c1adcce4cf1b44c5a6a442d8f12ed45567700971cbfaf601e5511f19ba",
-    "identity_questions.jsonl": "54211eeb22e7bd4f42bb46c307bc51ccd5fda6630b0e4a9a384a3ec45055dd1c",
+    "identity.jsonl": "d5fb2d83f4989c2c3f7693abb5cabe40ecdf9a48ee87a2a4255ab3e692c00892",
+    "identity_questions.jsonl": "271c916003ed13262c90beb1b89a97864e90c0e6fbcfab7868de9e1b40a3401d",
     "pairs.jsonl": "eb2bb135863381bc91672069640356785296890952bdcc842a11755e4abb6c2d",
     "pretrain.jsonl": "c3825e51baee2109e47ea337ee53d36341e1d5ee2941cfabb9483ac19786b130",
     "questions.jsonl": "f053f346798a5d49e2d5734ce4ff080f8222be344cf10f7dd1583235d4523ca1",

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from common.errors import UserError
-from evaluation.own_files import find_base, long_fraction, sort_files
+from evaluation.own_files import comparable_chats, context_of, find_base, long_fraction, sort_files
 from model.checkpoint import read_checkpoint, save_model
 from tests.helpers import load_script, one_line_error, tiny_model, write_rows
 
@@ -144,7 +144,7 @@ def test_an_interrupted_run_keeps_answers_and_continues(tmp_path, tokenizer, min
     )
     ran = []
 
-    def stopped(command, results):
+    def stopped(command, results, quiet):
         ran.append(command)
         raise KeyboardInterrupt
 
@@ -167,6 +167,21 @@ def test_chats_longer_than_the_context_of_the_base_are_named_beside_its_loss():
     assert shown_loss("zh", {"loss": 5.475, "dropped": 0}) == "zh 5.47"
     assert shown_loss("zh", {"loss": 11.19, "dropped": 16}) == "zh 11.19 (without 16 longer than its context)"
     assert shown_loss("en", {"loss": None, "dropped": 2}) == "en not measured (without 2 longer than its context)"
+
+
+def test_a_model_with_a_longer_context_is_compared_on_the_chats_that_fit_its_base(tmp_path, tokenizer, process, capsys):
+    base = write_base(tmp_path / "base", tokenizer, "full_sft") / "full_sft_32.pth"
+    chats = [{"messages": [{"role": "user", "content": word * n}, {"role": "assistant", "content": "好"}]}
+             for n in (1, 2, 90, 120) for word in "春夏秋冬东西南北上下"]  # fmt: skip
+    data = process("sft", write_rows(tmp_path / "rows.jsonl", chats), "--val_fraction", "0.5", "--max_seq_len", 512)
+    limit, all_chats = context_of(base), data / "val.jsonl"
+    path = comparable_chats(data, base, tmp_path / "compared.jsonl")
+    kept = path.read_text(encoding="utf-8").splitlines()
+    left = [line for line in all_chats.read_text(encoding="utf-8").splitlines() if line not in kept]
+    assert kept and left and "are longer than the" in capsys.readouterr().out
+    sizes = [[len(tokenizer.render(json.loads(line)["messages"])[0]) for line in lines] for lines in (kept, left)]
+    assert max(sizes[0]) <= limit < min(sizes[1])
+    assert comparable_chats(data, base, path) == path, "the same again"
 
 
 def test_epochs_are_the_users_choice(tmp_path, tokenizer, process, monkeypatch, capsys):
