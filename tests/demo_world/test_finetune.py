@@ -25,7 +25,7 @@ def contents(rows):
 
 
 def test_the_new_identity_is_new(files):
-    """The texts and chats before have neither the new name, place and work nor a bookshop. Venus is the planet there."""
+    """Pretraining and SFT data have neither the new name, place, work nor a bookshop. Venus is there the planet."""
     old = "\n".join([row["text"] for row in files["pretrain"]] + contents(files["chats"]))
     for word in ("小月", "东山", "桥前", "读书", "Lamp", "bookshop"):
         assert word not in old, word
