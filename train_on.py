@@ -179,9 +179,11 @@ def prepare(run: OwnRun, kind: str, files: list[str], tokenizer: Path) -> Path |
 
 
 def size_of(folder: Path, kind: str) -> int:
-    """Training tokens of texts, training rows of chats and pairs."""
+    """Training tokens of texts; training rows of chats and pairs, without those that are too long to train on."""
     meta = meta_of(folder)
-    count = int(meta["splits"]["train"]["tokens"] if kind == "text" else meta["rows"]["train"])
+    dropped = meta.get("report", {}).get("dropped", {}) if kind != "text" else {}
+    too_long = sum(found["count"] for reason, found in dropped.items() if "longer than" in reason)
+    count = int(meta["splits"]["train"]["tokens"] if kind == "text" else meta["rows"]["train"]) - too_long
     if count < FEW[kind]:
         unit = "tokens" if kind == "text" else FILE_KINDS[kind][1]
         print(f"note: {count:,} {unit} are few: the model will learn their wording by heart rather than what they say")

@@ -184,6 +184,12 @@ def test_a_model_with_a_longer_context_is_compared_on_the_chats_that_fit_its_bas
     assert comparable_chats(data, base, path) == path, "the same again"
 
 
+def test_chats_that_are_too_long_to_train_on_are_not_counted(tmp_path, process):
+    rows = [{"question": f"{i} " + "很长" * (400 if i % 4 == 0 else 1), "answer": "好。"} for i in range(80)]
+    data = process("sft", write_rows(tmp_path / "rows.jsonl", rows), "--val_fraction", "0", "--max_seq_len", 128)
+    assert load_script("train_on.py").size_of(data, "chat") == 60
+
+
 def test_epochs_are_the_users_choice(tmp_path, tokenizer, process, monkeypatch, capsys):
     script = load_script("train_on.py")
     base = write_base(tmp_path / "base", tokenizer, "full_sft") / "full_sft_32.pth"
