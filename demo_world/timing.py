@@ -17,8 +17,8 @@ REFERENCE_SECONDS = {
     "exam": 0.4, "score_exam": 3.2,
 }  # fmt: skip
 RL_REFERENCE_SECONDS = {  # of the further steps of demo.py --rl
-    "tool_world": 0.6, "tools_data": 2.3, "rl_data": 0.6, "dpo_arithmetic": 2.6, "tools": 143.8,
-    "tools_arithmetic": 3.1, "tools_calculator": 7.8, "tools_world": 3.2, "grpo": 94.0, "grpo_arithmetic": 3.0,
+    "tool_world": 0.6, "tools_data": 2.3, "rl_data": 0.6, "dpo_arithmetic": 2.6, "tools": 149.0,
+    "tools_arithmetic": 3.1, "tools_calculator": 7.8, "tools_world": 3.2, "grpo": 100.2, "grpo_arithmetic": 3.0,
     "grpo_calculator": 7.9, "grpo_world": 3.3,
 }  # fmt: skip
 ALL_SECONDS = REFERENCE_SECONDS | RL_REFERENCE_SECONDS
