@@ -126,17 +126,8 @@ def print_report(report: dict[str, Any], say: DemoTexts) -> None:
     console = Console()
     console.rule(say("results of each stage"))
     bits_zh, right_zh = f"{say('bits/byte')}\nzh", f"{say('right')}\nzh"
-    headers = (
-        say("stage"),
-        say("seconds"),
-        say("tokens"),
-        say("tok/s"),
-        say("loss"),
-        bits_zh,
-        "\nen",
-        right_zh,
-        "\nen",
-    )
+    headers = [say(name) for name in ("stage", "seconds", "tokens", "tok/s", "loss")]
+    headers += [bits_zh, "\nen", right_zh, "\nen"]
     table = Table(*headers, box=None, padding=(0, 2, 0, 0))
     for stage, moment in TRAINING.items():
         log, right = report["stages"][stage], report["answer_accuracy"][moment]
@@ -207,4 +198,4 @@ def explain_columns(report: dict[str, Any], say: DemoTexts) -> list[str]:
     percent = {name: f"{exam[name]:.1%}" for name in ("accuracy", "low", "high", "chance")}
     line = "{accuracy} correct, 95 % confidence interval {low} to {high}; random guessing scores {chance} on average"
     title = say("Exam, {questions} questions with four options each:", questions=exam["questions"])
-    return [*lines, title, "  " + say(line, **percent)]
+    return [*lines, title, "  " + (say(line, **percent) if say.chinese else exam["sentence"])]

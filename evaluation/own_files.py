@@ -99,10 +99,15 @@ def long_fraction(folder: Path, context: int) -> float:
     return longer / max(1, sum(lengths.values()))
 
 
+def validation_lines(folder: Path) -> list[str]:
+    """The rows of the validation chats. A text may contain other line separators than "\\n"."""
+    return [line for line in (folder / "val.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
 def held_out_questions(folder: Path, base: Path, count: int) -> list[str]:
     """The first questions of the validation chats that are one line and fill at most half of the base's context."""
     tokenizer, limit = load_carried_tokenizer(open_facts(base), base), context_of(base) // 2
-    rows = (json.loads(line) for line in (folder / "val.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, validation_lines(folder))
     texts = (message["content"] for row in rows for message in row["messages"][:2] if message["role"] == "user")
     fitting = (text for text in texts if text and "\n" not in text and len(tokenizer.encode(text)) <= limit)
     return list(islice(fitting, count))
@@ -114,7 +119,7 @@ def comparable_chats(folder: Path, base: Path, path: Path) -> Path:
     A model with a longer context is compared on the chats that the base reads whole too.
     """
     tokenizer, limit = load_carried_tokenizer(open_facts(base), base), context_of(base)
-    lines = (folder / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = validation_lines(folder)
     fitting = [line for line in lines if len(tokenizer.render(json.loads(line)["messages"])[0]) <= limit]
     if len(fitting) in (0, len(lines)):
         return folder / "val.jsonl"

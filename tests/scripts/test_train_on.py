@@ -171,13 +171,13 @@ def test_chats_longer_than_the_context_of_the_base_are_named_beside_its_loss():
 
 def test_a_model_with_a_longer_context_is_compared_on_the_chats_that_fit_its_base(tmp_path, tokenizer, process, capsys):
     base = write_base(tmp_path / "base", tokenizer, "full_sft") / "full_sft_32.pth"
-    chats = [{"messages": [{"role": "user", "content": word * n}, {"role": "assistant", "content": "好"}]}
+    chats = [{"messages": [{"role": "user", "content": word * n}, {"role": "assistant", "content": "好\u2028吗"}]}
              for n in (1, 2, 90, 120) for word in "春夏秋冬东西南北上下"]  # fmt: skip
     data = process("sft", write_rows(tmp_path / "rows.jsonl", chats), "--val_fraction", "0.5", "--max_seq_len", 512)
     limit, all_chats = context_of(base), data / "val.jsonl"
     path = comparable_chats(data, base, tmp_path / "compared.jsonl")
-    kept = path.read_text(encoding="utf-8").splitlines()
-    left = [line for line in all_chats.read_text(encoding="utf-8").splitlines() if line not in kept]
+    kept = path.read_text(encoding="utf-8").split("\n")[:-1]
+    left = [line for line in all_chats.read_text(encoding="utf-8").split("\n")[:-1] if line not in kept]
     assert kept and left and "are longer than the" in capsys.readouterr().out
     sizes = [[len(tokenizer.render(json.loads(line)["messages"])[0]) for line in lines] for lines in (kept, left)]
     assert max(sizes[0]) <= limit < min(sizes[1])
