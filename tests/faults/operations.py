@@ -198,7 +198,8 @@ def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
         def __new__(cls, command: Any, *args: Any, **kwargs: Any) -> Any:
             if (
                 not args
-                and set(kwargs) <= {"cwd", "env"}
+                and set(kwargs) <= {"cwd", "env", "stdout"}
+                and kwargs.get("stdout") is None
                 and isinstance(command, list)
                 and command[0] == sys.executable
             ):
