@@ -15,7 +15,8 @@ pytest.importorskip("fcntl", reason="the demo's processes are forked")
 def run_demo():
     """Run two steps of each training of demo.py. Its 18 processes are forks of one that has imported torch."""
     injector = Injector()
-    yield lambda out, *more: injector.run(["demo.py", "--out_dir", out, "--max_steps", 2, *more], [], timeout=400)
+    command = ["demo.py", "--lang", "en", "--max_steps", 2, "--out_dir"]
+    yield lambda out, *more: injector.run([*command, out, *more], [], timeout=400)
     injector.close()
 
 
